@@ -89,6 +89,10 @@ def create_host(spec: str, checkpoint: str | None, pretrained: bool, **arguments
     """
     library, _, name = spec.partition(":")
     if library == "hf":
+        if checkpoint is not None:
+            raise UserError(f"--checkpoint: expected none with --model hf:FOLDER, which has weights, got {checkpoint!r}")
+        if pretrained:
+            raise UserError(f"--pretrained: expected --model timm:NAME, got {spec}")
         return _transformers(name)
     if library != "timm" or not name:
         raise UserError(f"--model: expected timm:NAME or hf:FOLDER, got {spec!r}")
