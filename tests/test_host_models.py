@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 from vix_kernels.__main__ import main
+from vix_kernels.training.config import UserError
+from vix_kernels.training.trained import load_host
 
 transformers = pytest.importorskip("transformers")
 SIZES = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8, patch_size=4)
@@ -44,3 +48,38 @@ def test_flags_for_weights_are_refused_with_folders_of_transformers(folder: Path
     error = "--checkpoint: expected none with --model hf:FOLDER, which has weights, got 'none.pth'"
     assert error in refused("--model", f"hf:{folder}", "--checkpoint", "none.pth")
     assert f"--pretrained: expected --model timm:NAME, got hf:{folder}" in refused("--model", f"hf:{folder}", "--pretrained")
+
+
+@pytest.mark.parametrize(
+    ("settings", "mean", "std"),
+    [
+        ('{"image_mean": [0.25], "image_std": [0.5]}', 0.25, 0.5),
+        ('{"image_mean": [0.25], "image_std": [0.5], "do_normalize": false}', 0, 1),
+        ('{"image_mean": null}', None, None),
+    ],
+)
+def test_the_normalization_of_a_folder_is_used(settings: str, mean: float | None, std: float | None, folder: Path) -> None:
+    (folder / "preprocessor_config.json").write_text(settings)
+    trained = load_host(f"hf:{folder}", None, False, torch.device("cpu"))
+    assert (trained.mean, trained.std) == (mean, std)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ("{", "expected JSON, as transformers saves it, got Expecting property name"),
+        ("[]", "expected a mapping, as transformers saves it, got []"),
+        ('{"image_mean": [0.5]}', "image_std: expected a number for each of 1 channels, got None"),
+        ('{"image_mean": [0.5, 0.5, 0.5], "image_std": [1]}', "image_mean: expected a number for each of 1 channels, got [0.5"),
+    ],
+)
+def test_a_damaged_normalization_is_refused(settings: str, error: str, folder: Path) -> None:
+    (folder / "preprocessor_config.json").write_text(settings)
+    with pytest.raises(UserError, match=re.escape(f"--model: {folder / 'preprocessor_config.json'}: {error}")):
+        load_host(f"hf:{folder}", None, False, torch.device("cpu"))
+
+
+def test_damaged_weights_of_a_folder_are_refused(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"text")
+    with pytest.raises(UserError, match=f"--model: cannot load {re.escape(str(folder))}: "):
+        load_host(f"hf:{folder}", None, False, torch.device("cpu"))

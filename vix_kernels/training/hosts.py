@@ -133,17 +133,37 @@ def accepts_size(name: str) -> bool:
 
 
 def _transformers(folder: str) -> tuple[nn.Module, dict[str, Any]]:
+    from safetensors import SafetensorError
     from transformers import AutoModelForImageClassification
 
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"--model: expected hf:FOLDER with a model that transformers saved, got {folder!r}")
     try:
         model = AutoModelForImageClassification.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model: cannot load {folder}: {str(error).splitlines()[0]}") from error
-    processor = Path(folder) / "preprocessor_config.json"
-    settings = json.loads(processor.read_text()) if processor.is_file() else {}
-    return model, {name: settings[f"image_{name}"] for name in ("mean", "std") if f"image_{name}" in settings}
+    return model, _normalization(Path(folder) / "preprocessor_config.json", image_shape(model)[0])
+
+
+def _normalization(path: Path, channels: int) -> dict[str, list[float]]:
+    """Return the mean and std that transformers saved in `path`. The result is empty if the file does not exist or has none."""
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"--model: {path}: expected JSON, as transformers saves it, got {error}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"--model: {path}: expected a mapping, as transformers saves it, got {settings!r}")
+    if settings.get("do_normalize") is False:
+        return {"mean": [0.0] * channels, "std": [1.0] * channels}
+    found = {name: settings.get(f"image_{name}") for name in ("mean", "std")}
+    if found == {"mean": None, "std": None}:
+        return {}
+    for name, values in found.items():
+        if not isinstance(values, list) or len(values) != channels or not all(isinstance(x, int | float) for x in values):
+            raise UserError(f"--model: {path}: image_{name}: expected a number for each of {channels} channels, got {values!r}")
+    return found
 
 
 def read_weights(path: str | Path, flag: str = "--checkpoint") -> dict[str, Tensor]:
