@@ -12,7 +12,7 @@ from torch import nn
 
 from vix_kernels.__main__ import main
 from vix_kernels.training.config import UserError
-from vix_kernels.training.trained import load_host
+from vix_kernels.training.trained import load_host, load_trained
 
 transformers = pytest.importorskip("transformers")
 SIZES = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8, patch_size=4)
@@ -83,3 +83,22 @@ def test_damaged_weights_of_a_folder_are_refused(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"text")
     with pytest.raises(UserError, match=f"--model: cannot load {re.escape(str(folder))}: "):
         load_host(f"hf:{folder}", None, False, torch.device("cpu"))
+
+
+def test_class_names_of_a_folder_are_kept(
+    refused: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The names are in the order of the outputs. The default names LABEL_0, LABEL_1, ... are replaced by those of the data."""
+    pytest.importorskip("sklearn", reason="the digits are from scikit-learn")
+    options = ("--dataset", "digits", "--steps", "2", "--images", "16", "--eval-images", "16", "--no-progress")
+    for kind, names in {"others": map("c{}".format, range(1, 13)), "digits": map(str, range(10)), "default": ()}.items():
+        labels = dict(enumerate(names)) or {n: f"LABEL_{n}" for n in range(10)}
+        folder = tmp_path / kind
+        hf_vit(id2label=labels, label2id={name: label for label, name in labels.items()}).save_pretrained(folder)
+        if kind == "others":
+            error = "--dataset: expected the model's 12 classes (c1, c2, c3, ...), got 10 classes (0, 1, 2, ...) in digits"
+            assert error in refused("--model", f"hf:{folder}")
+            assert load_host(f"hf:{folder}", None, False, torch.device("cpu")).classes == tuple(labels.values())
+        else:
+            assert main(["linearize", "--model", f"hf:{folder}", *options, "--output", str(folder / "linear")]) == 0
+            assert load_trained(folder / "linear", torch.device("cpu")).classes == tuple(map(str, range(10)))

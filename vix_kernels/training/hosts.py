@@ -82,7 +82,7 @@ def create_host(spec: str, checkpoint: str | None, pretrained: bool, **arguments
         arguments: arguments of timm.create_model.
 
     Returns:
-        The model, and the mean and std of its images, if they are known.
+        The model, and the names of its classes and the mean and std of its images, if they are known.
 
     Raises:
         UserError: the model is unknown, or its weights cannot be loaded.
@@ -142,7 +142,9 @@ def _transformers(folder: str) -> tuple[nn.Module, dict[str, Any]]:
         model = AutoModelForImageClassification.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model: cannot load {folder}: {str(error).splitlines()[0]}") from error
-    return model, _normalization(Path(folder) / "preprocessor_config.json", image_shape(model)[0])
+    labels = [model.config.id2label[label] for label in sorted(model.config.id2label)]
+    classes = {} if labels == [f"LABEL_{n}" for n in range(len(labels))] else {"classes": labels}  # these are the default names
+    return model, classes | _normalization(Path(folder) / "preprocessor_config.json", image_shape(model)[0])
 
 
 def _normalization(path: Path, channels: int) -> dict[str, list[float]]:
