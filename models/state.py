@@ -18,7 +18,20 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], what: str, optiona
         ValueError: the state does not fit. The message lists all entries that are missing or unexpected, or that have the
             wrong shape.
     """
-    expected = model.state_dict()
+    if found := mismatch(model.state_dict(), state, optional):
+        raise ValueError(f"state_dict: does not fit {what}; {found}")
+    model.load_state_dict(state, strict=False)
+
+
+def mismatch(
+    expected: Mapping[str, Tensor], state: Mapping[str, Tensor], optional: Callable[[str], bool], most: int | None = None
+) -> str:
+    """Return which entries of `state` are missing or unexpected, or have the wrong shape. The result is "" if there are none.
+
+    Args:
+        optional: a function that returns whether the entry with a given name may be missing.
+        most: the largest number of names to list for each problem. None: list all names.
+    """
     problems = {
         "missing": [key for key in expected if key not in state and not optional(key)],
         "unexpected": [key for key in state if key not in expected],
@@ -28,7 +41,8 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], what: str, optiona
             if isinstance(value, Tensor) and key in expected and value.shape != expected[key].shape
         ],
     }
-    if any(problems.values()):
-        listed = "; ".join(f"{problem}: {', '.join(keys)}" for problem, keys in problems.items() if keys)
-        raise ValueError(f"state_dict: does not fit {what}; {listed}")
-    model.load_state_dict(state, strict=False)
+    return "; ".join(
+        f"{problem}: {', '.join(keys[:most])}{'' if most is None else ', ...' * (len(keys) > most)}"
+        for problem, keys in problems.items()
+        if keys
+    )

@@ -102,3 +102,12 @@ def test_class_names_of_a_folder_are_kept(
         else:
             assert main(["linearize", "--model", f"hf:{folder}", *options, "--output", str(folder / "linear")]) == 0
             assert load_trained(folder / "linear", torch.device("cpu")).classes == tuple(map(str, range(10)))
+
+
+def test_weights_that_do_not_fit_a_model_of_timm_are_described(refused: Callable[..., str], tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    state = timm.create_model("test_vit").state_dict()
+    torch.save({name: x for name, x in state.items() if "norm" not in name} | {"cls_token": torch.zeros(3)}, tmp_path / "x.pth")
+    line = refused("--model", "timm:test_vit", "--checkpoint", tmp_path / "x.pth")
+    assert f"--checkpoint: the weights in {tmp_path / 'x.pth'} do not fit timm:test_vit; missing: " in line
+    assert ", ...; wrong shape: cls_token (expected (1, 1, 64), got (3,))" in line

@@ -14,6 +14,7 @@ from vix_kernels.integrations.swap import replace_attention
 from vix_kernels.models import create_model
 from vix_kernels.models.arguments import pair
 from vix_kernels.models.backbone import Backbone
+from vix_kernels.models.state import mismatch
 
 from .config import UserError
 
@@ -112,10 +113,12 @@ def create_host(spec: str, checkpoint: str | None, pretrained: bool, **arguments
             if isinstance(head, str) and f"{head}.weight" in state:
                 arguments["num_classes"] = len(state[f"{head}.weight"])
         model = timm.create_model(name, pretrained=pretrained, **arguments)
-        if state is not None:
-            model.load_state_dict(state)
     except (RuntimeError, ValueError, TypeError, AssertionError, OSError) as error:
-        raise UserError(f"--model: cannot create {spec}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--model: cannot create {spec}: {' '.join(str(error).split())}") from error
+    if state is not None:
+        if found := mismatch(model.state_dict(), state, lambda key: False, most=3):
+            raise UserError(f"--checkpoint: the weights in {checkpoint} do not fit {spec}; {found}")
+        model.load_state_dict(state)
     cfg = model.pretrained_cfg
     known = pretrained or checkpoint is not None
     return model, {name: list(cfg[name]) for name in ("mean", "std") if known and name in cfg}
