@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from vix_kernels.__main__ import main
+from vix_kernels.integrations.swap import replace_attention
 from vix_kernels.models import create_model, save_model
 from vix_kernels.training.checkpoint import load_checkpoint
 from vix_kernels.training.config import Config, UserError
@@ -46,6 +48,28 @@ def test_a_run_continues_from_its_weights_with_another_attention(run: Path, tmp_
     old, new = (load_checkpoint(folder)["model"] for folder in (run / "best.pt", tmp_path / "new"))
     same = [name for name in old if name in new and "running" not in name and "tracked" not in name]
     assert len(same) > 30 and all(torch.allclose(old[name], new[name], atol=1e-6) for name in same)
+
+
+@pytest.mark.parametrize("mixer", ["performer", "feature", "linformer", "nystrom"])
+@pytest.mark.parametrize("kind", ["folder", "safetensors"])
+def test_the_parameters_of_another_attention_are_ignored(mixer: str, kind: str, tmp_path: Path) -> None:
+    save_model(source := tiny(mixer=mixer), tmp_path)
+    path = tmp_path if kind == "folder" else tmp_path / "model.safetensors"
+    load_initial(model := tiny(), str(path), map(str, range(10)))
+    assert source.state_dict().keys() - model.state_dict().keys()
+    assert all(torch.equal(x, source.state_dict()[name]) for name, x in model.state_dict().items())
+
+
+def test_the_parameters_of_another_attention_in_a_model_of_timm_are_ignored(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    model = HostModel(timm.create_model("test_vit", num_classes=10))
+    source = copy.deepcopy(model)
+    replace_attention(source.host, "feature", retrain=True)
+    state = source.state_dict()
+    assert any(name.endswith(".vix.query_features") for name in state)
+    load_initial(model, str(_saved(tmp_path / "x.pth", state)), ())
+    with pytest.raises(UserError, match="do not fit the model; unexpected: host.blocks.0.attn.table$"):
+        load_initial(model, str(_saved(tmp_path / "x.pth", state | {"host.blocks.0.attn.table": torch.zeros(1)})), ())
 
 
 @pytest.mark.parametrize("kind", ["folder", "safetensors", "pth"])

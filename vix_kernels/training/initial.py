@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vix_kernels.integrations.swap import holders
 from vix_kernels.models.backbone import Backbone
 from vix_kernels.models.positions import resample_tokens
 from vix_kernels.models.pretrained import CONFIG, read_folder
 from vix_kernels.models.resize import adapt_state, is_head
+from vix_kernels.models.state import mismatch
+from vix_kernels.nn.module import AttentionModule
 
 from .checkpoint import load_checkpoint
 from .config import UserError
@@ -24,6 +25,9 @@ FLAG = "--initial-checkpoint"
 
 def load_initial(model: nn.Module, path: str, classes: Sequence[str]) -> None:
     """Load weights into `model`. Positions are resampled. If the classes differ, the head of `model` keeps its weights.
+
+    If the attention of the saved model is different, its parameters, such as learned features, are ignored, and the parameters
+    of the attention of `model` keep their values. Only the linear layers of the attention are loaded.
 
     Args:
         classes: the names of the classes of the new model.
@@ -95,39 +99,33 @@ def _resampled(name: str, value: Tensor, wanted: Tensor, model: nn.Module) -> Te
     return resample_tokens(value, 1, (side, side), tuple(grid), prefix)
 
 
-def _of_attention(model: nn.Module) -> set[str]:
-    """Return the names of the entries that a state dict may lack because it is from a model with a different attention.
+def _of_attention(name: str, layers: list[str]) -> bool:
+    """Return whether an entry is state of an attention, such as random features, and not a weight of its linear layers.
 
-    They are the state of the attention, such as random features, and the biases of q, k and v. New biases are 0, so they have
-    no effect.
+    Models with different attentions have different entries of this kind.
+
+    Args:
+        layers: the names of the attention modules of this library.
     """
-    linear = {"qkv.weight", "proj.weight", "proj.bias"}
-    names = {f"{name}.{key}" for name, holder in holders(model).items() for key in holder.state_dict() if key not in linear}
-    return (
-        names | {f"{name}._extra_state" for name in holders(model)} | {name for name in model.state_dict() if ".vix." in name}
-    )
+    keys = [name.removeprefix(f"{layer}.") for layer in layers if name.startswith(f"{layer}.")]
+    return ".vix." in name or any(not key.startswith(("qkv.", "q_norm.", "k_norm.", "proj.")) for key in keys)
 
 
 def _load(model: nn.Module, state: dict[str, Any], path: Path, keep_head: bool) -> None:
     expected = model.state_dict()
     head = {id(parameter) for parameter in model.get_classifier().parameters()}
     heads = {name for name, parameter in model.named_parameters() if id(parameter) in head}
-    heads |= {name for name in expected if is_head(name)}
-    for name in heads:
-        if name in state and not (keep_head and name in expected and state[name].shape == expected[name].shape):
+    heads |= {name for name in (*expected, *state) if is_head(name)}
+    layers = [name for name, module in model.named_modules() if isinstance(module, AttentionModule)]
+    for name in list(state):
+        if name in heads:
+            fits = keep_head and name in expected and state[name].shape == expected[name].shape
+        else:
+            fits = name in expected or not _of_attention(name, layers)
+        if not fits:
             del state[name]
-    problems = {
-        "missing": [name for name in expected if name not in state and name not in heads | _of_attention(model)],
-        "unexpected": [name for name in state if name not in expected and not is_head(name)],
-        "wrong shape": [
-            f"{name} (expected {tuple(expected[name].shape)}, got {tuple(value.shape)})"
-            for name, value in state.items()
-            if isinstance(value, Tensor) and name in expected and value.shape != expected[name].shape
-        ],
-    }
-    if any(problems.values()):
-        listed = "; ".join(
-            f"{problem}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}" for problem, names in problems.items() if names
-        )
-        raise UserError(f"{FLAG}: the weights in {path} do not fit the model; {listed}")
-    model.load_state_dict({name: value for name, value in state.items() if name in expected}, strict=False)
+    optional = heads | {name for name in expected if _of_attention(name, layers)}
+    optional |= {f"{layer}.qkv.bias" for layer in layers}  # a new bias is 0, so it has no effect
+    if found := mismatch(expected, state, optional.__contains__, most=3):
+        raise UserError(f"{FLAG}: the weights in {path} do not fit the model; {found}")
+    model.load_state_dict(state, strict=False)
