@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from vix_kernels.__main__ import main
+from vix_kernels.integrations.linearized import save_linearized
 from vix_kernels.integrations.swap import replace_attention
 from vix_kernels.models import create_model, save_model
 from vix_kernels.training.checkpoint import load_checkpoint
@@ -60,6 +61,20 @@ def test_the_parameters_of_another_attention_are_ignored(mixer: str, kind: str, 
     assert all(torch.equal(x, source.state_dict()[name]) for name, x in model.state_dict().items())
 
 
+def test_weights_of_a_converted_model(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    for name, source in {"zoo": tiny(), "timm": timm.create_model("test_vit", num_classes=10)}.items():
+        before = {key: x.clone() for key, x in source.state_dict().items()}
+        replace_attention(source, "feature", retrain=True)
+        save_linearized(source, tmp_path / name, data={"classes": list(map(str, range(10)))})
+        model = tiny() if name == "zoo" else HostModel(timm.create_model("test_vit", num_classes=10))
+        load_initial(model, str(tmp_path / name), map(str, range(10)))
+        assert all(torch.equal(x, before[key.removeprefix("host.")]) for key, x in model.state_dict().items())
+    (tmp_path / "zoo" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="--initial-checkpoint: .*model.safetensors"):
+        load_initial(tiny(), str(tmp_path / "zoo"), ())
+
+
 def test_the_parameters_of_another_attention_in_a_model_of_timm_are_ignored(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     model = HostModel(timm.create_model("test_vit", num_classes=10))
@@ -101,6 +116,10 @@ def test_weights_from_files(kind: str, tmp_path: Path) -> None:
     "make, error",
     [
         (lambda folder: folder / "none.pth", "expected a file with weights, got .*none.pth, which does not exist"),
+        (
+            lambda folder: folder,
+            "expected a folder with a trained model, got .*, which has no best.pt, last.pt, linearized.json",
+        ),
         (lambda folder: _write(folder / "bad.pth", b"text"), "bad.pth is damaged or not a file with weights"),
         (lambda folder: _write(folder / "bad.safetensors", b"text"), "bad.safetensors is damaged or not a file with weights"),
         (lambda folder: _saved(folder / "number.pth", 3), "expected a state dict in .*number.pth, got int"),

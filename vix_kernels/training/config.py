@@ -80,8 +80,9 @@ class Config:
     )
     initial_checkpoint: str | None = setting(
         None,
-        "start from the weights in a run folder, a checkpoint, a folder written by save_model, or a .safetensors or .pth file; "
-        "positions are resampled, and a head for other classes is newly initialized (default: random weights)",
+        "start from the weights in a run folder, a checkpoint, a folder written by save_model or vix linearize, or a "
+        ".safetensors or .pth file; positions are resampled, and a head for other classes is newly initialized "
+        "(default: random weights)",
         metavar="PATH",
     )
     drop_path: float | None = setting(

@@ -179,7 +179,8 @@ def read_weights(path: str | Path, flag: str = "--checkpoint") -> dict[str, Tens
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{flag}: expected a file with weights, got {path}, which does not exist")
+        what = "is not a file" if path.exists() else "does not exist"
+        raise UserError(f"{flag}: expected a file with weights, got {path}, which {what}")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

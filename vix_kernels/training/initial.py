@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vix_kernels.integrations import linearized
 from vix_kernels.models.backbone import Backbone
 from vix_kernels.models.positions import resample_tokens
 from vix_kernels.models.pretrained import CONFIG, read_folder
@@ -31,36 +32,46 @@ def load_initial(model: nn.Module, path: str, classes: Sequence[str]) -> None:
 
     Args:
         classes: the names of the classes of the new model.
-        path: a run or a checkpoint of `vix train`, a folder written by `save_model`, or a .safetensors or .pth file.
+        path: a run or a checkpoint of `vix train`, a folder written by `save_model` or `vix linearize`, or a .safetensors or
+            .pth file.
 
     Raises:
         UserError: the file is damaged, positions cannot be resampled, or weights other than positions and the head do not fit.
     """
     file = Path(path)
-    run = next((file / name for name in ("best.pt", "last.pt") if (file / name).is_file()), file)
-    source: nn.Module | None = None
-    data: dict[str, Any] = {}
-    if run.suffix == ".pt":
-        checkpoint = load_checkpoint(run, flag=FLAG)
-        state = checkpoint["ema"] or checkpoint["model"]
-        config = checkpoint["config"]
-        data = checkpoint["data"]
-        source = _source(config, checkpoint["model_kwargs"], data.get("shape"), file)
-    elif (file / CONFIG).is_file():
-        try:
-            config, state = read_folder(file)
-        except ValueError as error:
-            raise UserError(f"{FLAG}: {error}") from error
-        data = config.get("data", {})
-        source = _source({"model": config.get("name", "")}, config["arguments"], None, file)
-    else:
-        state = read_weights(file, FLAG)
+    source, state, data = _read(file)
     if isinstance(source, Backbone) and isinstance(model, Backbone):
         state = adapt_state(state, source, model)
     else:
         state = _adapted(state, model)
     same = "classes" not in data or list(data["classes"]) == list(classes)
     _load(model, state, file, keep_head=same)
+
+
+def _read(file: Path) -> tuple[nn.Module | None, dict[str, Any], dict[str, Any]]:
+    """Return the saved model, its state dict, and the description of its training images.
+
+    The model is None if `file` contains only weights. It may be on the meta device.
+    """
+    run = next((file / name for name in ("best.pt", "last.pt") if (file / name).is_file()), file)
+    if run.suffix == ".pt":
+        checkpoint = load_checkpoint(run, flag=FLAG)
+        data = checkpoint["data"]
+        source = _source(checkpoint["config"], checkpoint["model_kwargs"], data.get("shape"), file)
+        return source, checkpoint["ema"] or checkpoint["model"], data
+    try:
+        if (file / linearized.CONFIG).is_file():
+            source = linearized.load_linearized(file)
+            return source, source.state_dict(), linearized.read_config(file).get("data", {})
+        if (file / CONFIG).is_file():
+            config, state = read_folder(file)
+            return _source({"model": config.get("name", "")}, config["arguments"], None, file), state, config.get("data", {})
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise UserError(f"{FLAG}: {error}") from error
+    if file.is_dir():
+        names = f"best.pt, last.pt, {linearized.CONFIG} or {CONFIG}"
+        raise UserError(f"{FLAG}: expected a folder with a trained model, got {file}, which has no {names}")
+    return None, read_weights(file, FLAG), {}
 
 
 def _source(config: dict[str, Any], arguments: dict[str, Any], shape: Any, path: Path) -> nn.Module:
