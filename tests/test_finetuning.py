@@ -254,6 +254,11 @@ def test_the_features_of_other_heads_are_refused() -> None:
         (("--layer-decay", "0"), "--layer-decay: expected a number in"),
         (("--distill-weight", "2"), "--distill-weight: expected a number in"),
         (("--teacher", "none"), "--teacher: no checkpoint at "),
+        (("--teacher", ""), "--teacher: expected a value, got an empty string"),
+        (("--initial-checkpoint", ""), "--initial-checkpoint: expected a value, got an empty string"),
+        (("--resume", ""), "--resume: expected a value, got an empty string"),
+        (("--distill", "features"), "--distill: expected with --teacher PATH, got features without"),
+        (("--distill-weight", "0.9"), "--distill-weight: expected with --teacher PATH, got 0.9 without"),
         (
             ("--initial-checkpoint", "none"),
             "--initial-checkpoint: expected a file with weights, got ",
@@ -266,6 +271,16 @@ def test_wrong_flags_are_refused(arguments: tuple[str, ...], error: str, refused
         pytest.importorskip("timm")
     assert error in refused("--dataset", "digits", *arguments, "--output", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_resumed_runs_refuse_other_initial_weights(run: Path, refused: Callable[..., str], tmp_path: Path) -> None:
+    """The same initial weights are accepted, so that a command can be repeated with --resume."""
+    epochs = ("--epochs", "2", "--resume", run, "--output", tmp_path / "run")
+    error = "--initial-checkpoint: cannot be combined with --resume, because both set the weights"
+    assert error in refused(*SMALL, *TINY, *epochs, "--initial-checkpoint", "none")
+    train(*TINY, "--initial-checkpoint", run, "--output", tmp_path / "second")
+    train(*TINY, "--initial-checkpoint", run, "--epochs", "2", "--resume", tmp_path / "second")
+    assert len(load_checkpoint(tmp_path / "second")["history"]) == 2
 
 
 def test_teachers_that_do_not_fit_are_refused(run: Path, refused: Callable[..., str], tmp_path: Path) -> None:

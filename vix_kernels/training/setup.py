@@ -196,7 +196,7 @@ def check_smallest_batch(config: Config, model: nn.Module, ranks: Ranks, images:
 def check_same_run(checkpoint: Checkpoint, config: Config, model_kwargs: dict[str, Any], source: Source) -> None:
     """Raise `UserError` if the run of `checkpoint` differs from this run, or has started more epochs than --epochs.
 
-    The model and its arguments, the attention, the seed, the image shape and the classes are compared.
+    The model and its arguments, the attention, the seed, the initial weights, the image shape and the classes are compared.
 
     If the checkpoint was saved in the middle of an epoch, its batch size must also equal the batch size of this run.
     """
@@ -207,6 +207,10 @@ def check_same_run(checkpoint: Checkpoint, config: Config, model_kwargs: dict[st
     for name, value in wanted.items():
         if saved.get(name) != value:
             raise UserError(f"--resume: the checkpoint has {name} {saved.get(name)!r}, this run has {value!r}")
+    for name in ("initial_checkpoint", "pretrained"):
+        value = getattr(config, name)
+        if value and value != saved.get(name):
+            raise UserError(f"--{name.replace('_', '-')}: cannot be combined with --resume, because both set the weights")
     shape = list(source.shape)
     if (saved_shape := checkpoint["data"].get("shape", shape)) != shape:
         raise UserError(f"--resume: the checkpoint has images of shape {saved_shape}, this run has {shape}: set --img-size")
