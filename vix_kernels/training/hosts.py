@@ -86,7 +86,7 @@ def create_host(spec: str, checkpoint: str | None, pretrained: bool, **arguments
         The model, and the names of its classes and the mean and std of its images, if they are known.
 
     Raises:
-        UserError: the model is unknown, or its weights cannot be loaded.
+        UserError: the model is unknown, its weights cannot be loaded, or `checkpoint` or `pretrained` is set for "hf:FOLDER".
     """
     library, _, name = spec.partition(":")
     if library == "hf":
