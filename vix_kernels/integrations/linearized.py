@@ -32,6 +32,12 @@ TIMM_ARGUMENTS = {
     "num_classes": int, "in_chans": int, "img_size": list, "patch_size": int, "depth": int, "embed_dim": int, "num_heads": int,
     "mlp_ratio": (int, float), "qkv_bias": bool, "qk_norm": bool, "class_token": bool, "reg_tokens": int, "global_pool": str,
 }  # fmt: skip
+# Attributes of modules that change the output but neither the parameters nor the child modules
+SETTINGS = """
+    activation base batch_first global_pool grid_indexing grid_offset grid_type head_dim linear_bands max_period
+    max_res min_period norm_first normalize_coords num_attention_heads num_heads num_prefix_tokens
+    pool_include_prefix pool_type ref_feat_shape rotate_half scale scaling temperature
+""".split()
 
 
 def save_linearized(
@@ -105,7 +111,7 @@ def load_linearized(folder: str | Path, model: nn.Module | None = None) -> nn.Mo
     try:
         for name, layer in config["layers"].items():
             _put(created, name, layer, folder / CONFIG)
-        if config.get("structure") != _structure(created):
+        if config.get("structure") not in (_structure(created), _earlier_structure(created)):
             raise ValueError(f"model: expected the architecture that {folder / CONFIG} describes, got another one")
         if model is None:
             for name, value in (*created.named_parameters(), *created.named_buffers()):
@@ -176,16 +182,43 @@ def _put(model: nn.Module, name: str, layer: dict[str, Any], path: Path) -> None
 
 
 def _structure(model: nn.Module) -> str:
-    """Return a digest of the modules of a model and their settings, without dropout and without the child modules `vix`."""
+    """Return a digest of the modules of a model and their settings.
+
+    The child modules `vix` are skipped, and so are dropout and nn.Identity, because timm uses nn.Identity for a dropout of 0.
+    """
+    lines = []
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if "vix" in name.split(".") or "Drop" in kind or kind == "Identity":
+            continue
+        settings = [_plain(getattr(module, each, None)) for each in SETTINGS]
+        lines.append(f"{name} {kind} {settings} {'' if _is_attention(module) else module.extra_repr()}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _earlier_structure(model: nn.Module) -> str:
+    """Return the digest in folders that earlier versions wrote. It contains fewer settings than that of `_structure`."""
     lines = []
     for name, module in model.named_modules():
         kind = type(module).__name__
         if "vix" in name.split(".") or "Drop" in kind:
             continue
-        is_attention = isinstance(module, AttentionModule) or isinstance(getattr(module, "vix", None), DropIn)
         sizes = [getattr(module, each, None) for each in ("num_heads", "num_attention_heads", "head_dim")]
-        lines.append(f"{name} {kind} {sizes if is_attention else module.extra_repr()}")
+        lines.append(f"{name} {kind} {sizes if _is_attention(module) else module.extra_repr()}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return isinstance(module, AttentionModule) or isinstance(getattr(module, "vix", None), DropIn)
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting in a form whose repr is always the same, or None if it is a tensor or a module."""
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, int | float):
+        return float(value)
+    return value if isinstance(value, str) else getattr(value, "__name__", None)
 
 
 def _describe_host(model: nn.Module) -> dict[str, Any]:

@@ -1,0 +1,106 @@
+"""Tests of the folders that save_linearized writes: which models they restore, and which changes and damages are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from vix_kernels.integrations import linearized
+from vix_kernels.integrations.swap import replace_attention
+from vix_kernels.linearize import load_linearized, save_linearized
+from vix_kernels.training.hosts import make_model
+
+timm = pytest.importorskip("timm")
+transformers = pytest.importorskip("transformers")
+
+
+def replaced(model: nn.Module, **options: Any) -> nn.Module:
+    replace_attention(model, "performer", retrain=True, num_features=8, **options)
+    return model.eval()
+
+
+def small_timm(name: str = "vit_tiny_patch16_224", **arguments: Any) -> nn.Module:
+    """Create a timm model like `vix train`, which records the arguments. Its images have 32 x 32 pixels."""
+    sizes = dict(img_size=32, patch_size=4, embed_dim=64, num_heads=2, depth=2, num_classes=7)
+    return make_model({"model": f"timm:{name}"}, sizes | arguments).host
+
+
+def small_vit(**arguments: Any) -> nn.Module:
+    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=4)
+    return transformers.ViTModel(transformers.ViTConfig(**sizes | arguments))
+
+
+def layer(**arguments: Any) -> nn.Module:
+    return nn.TransformerEncoderLayer(64, 4, 64, 0.0, batch_first=True, **arguments)
+
+
+def two_attentions(heads: int) -> nn.Module:
+    return nn.Sequential(nn.MultiheadAttention(64, 4), nn.MultiheadAttention(64, heads))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A folder with a small timm model."""
+    save_linearized(replaced(small_timm()), tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def change(folder: Path, change: Callable[[dict], Any]) -> None:
+    """Change linearized.json in `folder`."""
+    path = folder / "linearized.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+def test_models_with_drop_path_are_loaded(tmp_path: Path) -> None:
+    model, x = replaced(small_timm(drop_path_rate=0.1, proj_drop_rate=0.1)), torch.randn(2, 3, 32, 32)
+    save_linearized(model, tmp_path)
+    for loaded in (load_linearized(tmp_path), load_linearized(tmp_path, small_timm())):
+        assert torch.equal(loaded(x), model(x))
+
+
+def test_the_digest_of_earlier_versions_is_accepted(saved: Path) -> None:
+    earlier = linearized._earlier_structure(load_linearized(saved))
+    change(saved, lambda config: config.update(structure=earlier))
+    load_linearized(saved)
+    with pytest.raises(ValueError, match="expected the architecture that .* describes, got another one"):
+        load_linearized(saved, small_timm(act_layer="relu"))
+
+
+@pytest.mark.parametrize(
+    "build, first, second, options",
+    [
+        (small_timm, dict(global_pool="avg", pool_include_prefix=True), dict(global_pool="avg"), {}),
+        (
+            small_timm,
+            dict(name="vit_small_patch16_dinov3", rope_temperature=20.0),
+            dict(name="vit_small_patch16_dinov3"),
+            {},
+        ),
+        (layer, dict(norm_first=True), {}, {}),
+        (layer, dict(activation="gelu"), {}, {}),
+        (two_attentions, dict(heads=4), dict(heads=8), dict(layers=["0"])),
+        (small_vit, dict(hidden_act="relu"), {}, {}),
+    ],
+)
+def test_other_settings_are_refused(
+    build: Callable[..., nn.Module], first: dict[str, Any], second: dict[str, Any], options: dict[str, Any], tmp_path: Path
+) -> None:
+    """The models have the same parameters and compute different functions."""
+    save_linearized(replaced(build(**first), **options), tmp_path)
+    load_linearized(tmp_path, build(**first))
+    with pytest.raises(ValueError, match="model: expected the architecture that .* describes, got another one"):
+        load_linearized(tmp_path, build(**second))
+
+
+def test_another_image_size_is_accepted(tmp_path: Path) -> None:
+    name = "vit_small_patch16_dinov3"  # has no position embedding whose shape depends on the image size
+    save_linearized(replaced(small_timm(name)), tmp_path)
+    load_linearized(tmp_path, small_timm(name, img_size=64))
