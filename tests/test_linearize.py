@@ -485,7 +485,7 @@ def test_attentions_with_a_bias_are_not_converted() -> None:
             lambda config: config["host"].update(library="os"),
             "model: expected a new VisionTransformer, because the library .* is 'os'",
         ),
-        (lambda config: config["host"].update(arguments=3), "cannot create the model that it describes"),
+        (lambda config: config["host"].update(arguments=3), "host: arguments: expected a mapping, got 3"),
         (lambda config: config.pop("layers"), "expected a host and layers"),
     ],
 )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import converting
 import pytest
 import torch
 from torch import nn
 
+from vix_kernels.__main__ import main
 from vix_kernels.integrations import linearized
 from vix_kernels.integrations.swap import replace_attention
 from vix_kernels.linearize import load_linearized, save_linearized
@@ -104,3 +107,54 @@ def test_another_image_size_is_accepted(tmp_path: Path) -> None:
     name = "vit_small_patch16_dinov3"  # has no position embedding whose shape depends on the image size
     save_linearized(replaced(small_timm(name)), tmp_path)
     load_linearized(tmp_path, small_timm(name, img_size=64))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(init_values=1e-3),
+        dict(act_layer="relu", qk_norm=True),
+        dict(no_embed_class=True, reg_tokens=2),
+        dict(patch_size=(4, 8)),
+        dict(global_pool="avg", pool_include_prefix=True, pre_norm=True),
+        dict(name="vit_small_patch16_dinov3", rope_temperature=20.0),
+    ],
+)
+def test_arguments_of_timm_models_are_saved(arguments: dict[str, Any], tmp_path: Path) -> None:
+    model, x = replaced(small_timm(**arguments)), torch.randn(2, 3, 32, 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_linearized(model, tmp_path)
+    assert torch.equal(load_linearized(tmp_path)(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "arguments, error",
+    [
+        (dict(num_heads=0), "cannot create the model that it describes .*num_heads=0.*: ZeroDivisionError"),
+        (dict(global_pool="zzz"), "cannot create the model that it describes .*global_pool='zzz'.*: AssertionError"),
+        (dict(img_size=[]), r"cannot create the model that it describes .*img_size=\[\]"),
+        (dict(checkpoint_path="file.pth"), "host: arguments: expected .*, got checkpoint_path='file.pth'"),
+        (dict(act_layer=["os", {}]), "host: arguments: expected .*, got act_layer="),
+    ],
+)
+def test_damaged_arguments_are_refused(
+    arguments: dict[str, Any], error: str, saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The error names the file and the argument."""
+    change(saved, lambda config: config["host"]["arguments"].update(arguments))
+    with pytest.raises(ValueError, match=f"linearized.json: {error}"):
+        load_linearized(saved)
+    with pytest.raises(SystemExit):
+        main(["validate", "--checkpoint", str(saved), "--dataset", "digits"])
+    assert "linearized.json: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("build", [small_timm, converting.small_model])
+@pytest.mark.parametrize("wrong", [dict(backend="cuda"), dict(backend=3), dict(options={"num_features": 0})])
+def test_damaged_layers_are_refused(build: Callable[[], nn.Module], wrong: dict[str, Any], tmp_path: Path) -> None:
+    save_linearized(replaced(build()), tmp_path)
+    change(tmp_path, lambda config: config["layers"]["blocks.0.attn"].update(wrong))
+    name = next(iter(wrong)) if "backend" in wrong else "num_features"
+    with pytest.raises(ValueError, match=f"linearized.json: layers: cannot replace 'blocks.0.attn': {name}: expected"):
+        load_linearized(tmp_path)

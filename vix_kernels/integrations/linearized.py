@@ -2,7 +2,7 @@
 
 The models are from this library, timm or transformers, or contain nn.MultiheadAttention. A folder contains model.safetensors
 and linearized.json. The JSON lists the attention and its options for each replaced layer. The names in the JSON are only looked
-up in registries of attentions and of models (of this library, timm and transformers). They are never imported.
+up in registries of attentions, models, activations and norms (of this library, timm and transformers). They are never imported.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from .. import __version__
+from .. import __version__, backends
 from ..commands import write_atomically
 from ..models import create_model
 from ..models.pretrained import WEIGHTS, folder_path, read_state, write_state
@@ -27,11 +28,18 @@ from .hosts import Snapshot
 from .swap import holders, host_of, replace_attention
 
 CONFIG = "linearized.json"
-# Arguments of timm.create_model that linearized.json may contain, and their types
-TIMM_ARGUMENTS = {
-    "num_classes": int, "in_chans": int, "img_size": list, "patch_size": int, "depth": int, "embed_dim": int, "num_heads": int,
-    "mlp_ratio": (int, float), "qkv_bias": bool, "qk_norm": bool, "class_token": bool, "reg_tokens": int, "global_pool": str,
-}  # fmt: skip
+# Arguments of timm.create_model that linearized.json may contain
+TIMM_ARGUMENTS = frozenset(
+    """
+    act_layer attn_only_layer_scale attn_type class_token depth dynamic_img_pad dynamic_img_size embed_dim
+    embed_norm_layer fc_norm final_norm global_pool img_size in_chans init_values mlp_ratio no_embed_class
+    norm_layer num_classes num_heads num_kv_heads num_reg_tokens patch_size pool_include_prefix pos_embed pre_norm
+    proj_bias qk_norm qkv_bias qkv_fused ref_feat_shape reg_tokens rope_grid_indexing rope_grid_offset
+    rope_mrope_section rope_rotate_half rope_temperature rope_type scale_attn_inner scale_attn_norm scale_mlp
+    scale_mlp_norm swiglu_align_to swiglu_mlp use_abs_pos_emb use_fc_norm use_post_norm use_post_transformer_norm
+    use_pre_transformer_norm use_rot_pos_emb
+    """.split()
+)
 # Attributes of modules that change the output but neither the parameters nor the child modules
 SETTINGS = """
     activation base batch_first global_pool grid_indexing grid_offset grid_type head_dim linear_bands max_period
@@ -90,9 +98,8 @@ def load_linearized(folder: str | Path, model: nn.Module | None = None) -> nn.Mo
     Args:
         folder: the folder.
         model: a new model with the architecture of the saved one and with softmax attention. It is changed in place. None:
-            create the model. This is only possible for models from this library, timm and transformers. A timm model that `vix
-            train` did not create must have its default architecture, but num_classes, global_pool and img_size may differ from
-            their defaults.
+            create the model. This is only possible for models from this library, timm and transformers. For a timm model, the
+            arguments of timm.create_model must have been numbers, strings, lists or tuples.
 
     Raises:
         FileNotFoundError: the folder or a file is missing.
@@ -101,10 +108,7 @@ def load_linearized(folder: str | Path, model: nn.Module | None = None) -> nn.Mo
     folder = folder_path(folder)
     config = read_config(folder)
     state = read_state(folder / WEIGHTS)
-    try:
-        created = _create_host(config["host"], folder) if model is None else model
-    except (TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{folder / CONFIG}: cannot create the model that it describes: {error}") from error
+    created = _create_host(config["host"], folder / CONFIG) if model is None else model
     if any(holder.core.name != "softmax" for holder in holders(created).values()):
         raise ValueError("model: expected a new model with softmax attention, got one with replaced attention")
     snapshot = Snapshot(created)
@@ -121,7 +125,7 @@ def load_linearized(folder: str | Path, model: nn.Module | None = None) -> nn.Mo
     except BaseException as error:
         snapshot.restore()
         if model is None and isinstance(error, ValueError):
-            raise ValueError(f"{error}; if its architecture is not the default, pass a new model as `model`") from error
+            raise ValueError(f"{error}; pass a new model as `model` if its architecture is not recorded") from error
         raise
     if isinstance(getattr(created, "config", None), dict) and "data" in config:
         created.config["data"] = config["data"]
@@ -168,6 +172,7 @@ def _put(model: nn.Module, name: str, layer: dict[str, Any], path: Path) -> None
     """Replace one attention layer, and cast the parameters of the new attention to float32, in which they are trained."""
     op, options, backend = layer["op"], layer["options"], layer.get("backend", "auto")
     try:
+        backends.check(backend)
         if host_of(model) == "vix_kernels":
             from .zoo import put
 
@@ -176,7 +181,7 @@ def _put(model: nn.Module, name: str, layer: dict[str, Any], path: Path) -> None
             dropout = layer.get("dropout", "refuse")
             replace_attention(model, op, layers=[name], retrain=True, backend=backend, dropout=dropout, **options)
         holder = holders(model)[name]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: layers: cannot replace {name!r}: {error}") from error
     holder.widen()
 
@@ -229,35 +234,52 @@ def _describe_host(model: nn.Module) -> dict[str, Any]:
     if library == "transformers":
         return host | {"config": model.config.to_diff_dict()}
     if library == "timm":
+        arguments = dict(getattr(model, "_model_args", {}))  # recent versions of timm record the arguments of create_model
         names = ("num_classes", "global_pool")
-        arguments = {name: getattr(model, name) for name in names if isinstance(getattr(model, name, None), (int, str))}
+        arguments |= {name: getattr(model, name) for name in names if isinstance(getattr(model, name, None), (int, str))}
         size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-        arguments |= {"img_size": list(size)} if size else {}
+        arguments |= {"img_size": size} if size else {}
         arguments |= getattr(model, "vix_arguments", {})  # set for models that `vix train` created
         return host | {
             "name": getattr(model, "pretrained_cfg", {}).get("architecture"),
-            "arguments": {name: value for name, value in arguments.items() if name in TIMM_ARGUMENTS},
+            "arguments": {name: value for name, value in arguments.items() if _is_argument(name, value)},
         }
     return host
 
 
-def _create_host(host: dict[str, Any], folder: Path) -> nn.Module:
+def _is_argument(name: str, value: Any) -> bool:
+    """Return whether linearized.json may contain this argument of timm.create_model."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return name in TIMM_ARGUMENTS and all(isinstance(each, str | int | float | None) for each in values)
+
+
+def _create_host(host: dict[str, Any], path: Path) -> nn.Module:
+    """Create the model that the file at `path` describes."""
     library, name, arguments = host.get("library"), host.get("name"), host.get("arguments", {})
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{path}: host: arguments: expected a mapping, got {arguments!r}")
     if library == "vix_kernels":
-        return create_model(name, **arguments)
-    if library == "timm":
+        create = partial(create_model, name)
+    elif library == "timm":
         import timm
 
         if not isinstance(name, str) or not timm.is_model(name):
-            raise ValueError(f"{folder / CONFIG}: expected the name of a timm model, got {name!r}")
-        for key, value in dict(arguments).items():
-            if not isinstance(value, TIMM_ARGUMENTS.get(key, ())):
-                raise ValueError(f"{folder / CONFIG}: expected arguments {', '.join(TIMM_ARGUMENTS)}, got {key}={value!r}")
-        return timm.create_model(name, pretrained=False, **arguments)
-    if library == "transformers":
+            raise ValueError(f"{path}: host: name: expected the name of a timm model, got {name!r}")
+        for key, value in arguments.items():
+            if not _is_argument(key, value):
+                raise ValueError(f"{path}: host: arguments: expected those that save_linearized writes, got {key}={value!r}")
+        create = partial(timm.create_model, name, pretrained=False)
+    elif library == "transformers":
         from .transformers import create_host
 
-        return create_host(host.get("class"), host.get("config"))
-    raise ValueError(
-        f"model: expected a new {host.get('class')}, because the library of the model in {folder} is {library!r}, got None"
-    )
+        create, arguments = partial(create_host, host.get("class"), host.get("config")), {}
+    else:
+        raise ValueError(
+            f"model: expected a new {host.get('class')}, because the library of the model in {path} is {library!r}, got None"
+        )
+    try:
+        return create(**arguments)
+    except Exception as error:  # the libraries raise different errors for damaged arguments
+        listed = ", ".join((str(name or library), *(f"{key}={value!r}" for key, value in arguments.items())))
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"{path}: cannot create the model that it describes ({listed}): {cause}") from error
