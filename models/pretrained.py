@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from os import PathLike
 from pathlib import Path
@@ -43,7 +43,8 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
         check_attention(model)
     folder = folder_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_state(folder / WEIGHTS, {key: value.contiguous() for key, value in model.state_dict().items()})
+    weights = {key: value.contiguous() for key, value in model.state_dict().items()}
+    write_atomically(folder / WEIGHTS, state_writer(folder / WEIGHTS, weights))
     config = json.dumps(model.config | {"vix_kernels": __version__}, indent=2) + "\n"
     write_atomically(folder / CONFIG, lambda path: path.write_text(config))
     if not (folder / CARD).exists():
@@ -110,8 +111,11 @@ def model_card(model: nn.Module) -> str:
     )
 
 
-def write_state(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write contiguous tensors to a .safetensors file atomically. Raises OSError if this fails."""
+def state_writer(path: Path, tensors: dict[str, Tensor]) -> Callable[[Path], None]:
+    """Return a function for `write_atomically` that writes contiguous tensors as the .safetensors file `path`.
+
+    The function raises OSError if this fails.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -121,7 +125,7 @@ def write_state(path: Path, tensors: dict[str, Tensor]) -> None:
         except SafetensorError as error:  # also raised if the disk is full
             raise OSError(f"cannot write {path}: {error}") from error
 
-    write_atomically(path, write)
+    return write
 
 
 def folder_path(folder: Any) -> Path:

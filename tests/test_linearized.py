@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,10 @@ from torch import nn
 
 from vix_kernels.__main__ import main
 from vix_kernels.integrations import linearized
+from vix_kernels.integrations.linearized import check_folder
 from vix_kernels.integrations.swap import replace_attention
 from vix_kernels.linearize import load_linearized, save_linearized
+from vix_kernels.models import save_model
 from vix_kernels.training.hosts import make_model
 
 timm = pytest.importorskip("timm")
@@ -126,6 +129,43 @@ def test_arguments_of_timm_models_are_saved(arguments: dict[str, Any], tmp_path:
         warnings.simplefilter("error")
         save_linearized(model, tmp_path)
     assert torch.equal(load_linearized(tmp_path)(x), model(x))
+
+
+def test_an_interrupted_call_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call is interrupted before it replaces the first file, or before it replaces the second one."""
+    model, replace, calls = replaced(layer()), os.replace, []
+    for last in (0, 1):
+        folder = tmp_path / str(last)
+
+        def interrupted(*paths: Any, last: int = last) -> None:
+            calls.append(paths)
+            if len(calls) > last:
+                raise KeyboardInterrupt
+            replace(*paths)
+
+        calls.clear()
+        monkeypatch.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            save_linearized(model, folder)
+        monkeypatch.undo()
+        assert len(list(folder.iterdir())) == last
+        save_linearized(model, folder)
+        load_linearized(folder, layer())
+
+
+def test_a_folder_with_an_unfinished_conversion_is_accepted(tmp_path: Path) -> None:
+    model = replaced(converting.small_model())
+    (tmp_path / "model.safetensors").write_bytes(b"")  # earlier versions wrote this file first
+    with pytest.raises(ValueError, match="folder: expected a new folder, got .*, which contains another model"):
+        check_folder(tmp_path)
+    (tmp_path / "linearize.pt").write_bytes(b"")
+    assert check_folder(str(tmp_path)) == tmp_path
+    save_linearized(model, tmp_path)
+    load_linearized(tmp_path)
+    save_model(converting.small_model(), tmp_path / "softmax")
+    (tmp_path / "softmax" / "linearize.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="folder: expected a new folder, got .*softmax, which contains another model"):
+        save_linearized(model, tmp_path / "softmax", overwrite=True)
 
 
 @pytest.mark.parametrize(

@@ -111,14 +111,22 @@ def progress(text: str) -> None:
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Call `write` with a temporary path, then replace `path` with that file. Readers see either the old or the new file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write_together({path: write})
+
+
+def write_together(files: Mapping[Path, Callable[[Path], None]]) -> None:
+    """Write several files as `write_atomically` does. No file is replaced, in the given order, before all are written."""
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
     try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for path, write in files.items():
+            write(temporary[path])
+            with open(temporary[path], "rb+") as file:
+                os.fsync(file.fileno())
+        for path in files:
+            os.replace(temporary[path], path)
     finally:
-        temporary.unlink(missing_ok=True)
+        for each in temporary.values():
+            each.unlink(missing_ok=True)
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], digits: int = 6) -> None:

@@ -17,9 +17,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import __version__, backends
-from ..commands import write_atomically
+from ..commands import write_together
 from ..models import create_model
-from ..models.pretrained import WEIGHTS, folder_path, read_state, write_state
+from ..models.pretrained import WEIGHTS, folder_path, read_state, state_writer
 from ..models.state import load_state
 from ..nn.core import CORES, Core, Mounted
 from ..nn.module import AttentionModule
@@ -28,6 +28,7 @@ from .hosts import Snapshot
 from .swap import holders, host_of, replace_attention
 
 CONFIG = "linearized.json"
+PROGRESS = "linearize.pt"  # the checkpoint of a conversion that `vix linearize` has not finished
 # Arguments of timm.create_model that linearized.json may contain
 TIMM_ARGUMENTS = frozenset(
     """
@@ -51,7 +52,9 @@ SETTINGS = """
 def save_linearized(
     model: nn.Module, folder: str | Path, *, data: dict[str, Any] | None = None, overwrite: bool = False
 ) -> None:
-    """Save a model whose attention was replaced, for example by `linearize`, to a folder. Each file is written atomically.
+    """Save a model whose attention was replaced, for example by `linearize`, to a folder.
+
+    Both files are complete before the first of them appears in the folder.
 
     Args:
         model: a model from this library, timm or transformers, or one with nn.MultiheadAttention.
@@ -67,11 +70,7 @@ def save_linearized(
     layers = {name: described(holder) for name, holder in holders(model).items() if holder.core.name != "softmax"}
     if not layers:
         raise ValueError("model: expected a model with replaced attention, got one without")
-    folder = folder_path(folder)
-    if not (folder / CONFIG).exists() and ((folder / WEIGHTS).exists() or (folder / "config.json").exists()):
-        raise ValueError(f"folder: expected a new folder, got {folder}, which contains another model")
-    if (folder / CONFIG).exists() and not overwrite:
-        raise ValueError(f"folder: expected a new folder, or overwrite=True, got {folder}, which contains a model")
+    folder = check_folder(folder, overwrite=overwrite)
     host = _describe_host(model)
     if data is None and isinstance(getattr(model, "config", None), dict):
         data = model.config.get("data")
@@ -88,8 +87,26 @@ def save_linearized(
         tensors[name] = value.clone().contiguous() if shared else value.contiguous()
 
     folder.mkdir(parents=True, exist_ok=True)
-    write_state(folder / WEIGHTS, tensors)
-    write_atomically(folder / CONFIG, lambda path: path.write_text(text))
+    weights = folder / WEIGHTS
+    write_together({folder / CONFIG: lambda path: path.write_text(text), weights: state_writer(weights, tensors)})
+
+
+def check_folder(folder: str | Path, *, overwrite: bool = False) -> Path:
+    """Return `folder` as a Path, after checking that `save_linearized` may write to it.
+
+    The folder may contain an unfinished conversion, or a part of a model that an interrupted call of `save_linearized` wrote.
+
+    Raises:
+        TypeError: `folder` is not a path.
+        ValueError: `folder` contains a different kind of model, or contains a model and `overwrite` is not set.
+    """
+    folder = folder_path(folder)
+    found = {name for name in (CONFIG, PROGRESS, WEIGHTS, "config.json") if (folder / name).exists()}
+    if CONFIG not in found and ("config.json" in found or WEIGHTS in found and PROGRESS not in found):
+        raise ValueError(f"folder: expected a new folder, got {folder}, which contains another model")
+    if {CONFIG, WEIGHTS} <= found and not overwrite:
+        raise ValueError(f"folder: expected a new folder, or overwrite=True, got {folder}, which contains a model")
+    return folder
 
 
 def load_linearized(folder: str | Path, model: nn.Module | None = None) -> nn.Module:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..commands import write_atomically
+from ..integrations.linearized import PROGRESS as FILE
 from ..training.checkpoint import write
 from ..training.parallel import Ranks
 from .batches import checksum
 
-FILE = "linearize.pt"
 INTERVAL = 50  # steps between checkpoints
 STAGES = ("fit", "finetune")
 
