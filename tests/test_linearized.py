@@ -198,3 +198,24 @@ def test_damaged_layers_are_refused(build: Callable[[], nn.Module], wrong: dict[
     name = next(iter(wrong)) if "backend" in wrong else "num_features"
     with pytest.raises(ValueError, match=f"linearized.json: layers: cannot replace 'blocks.0.attn': {name}: expected"):
         load_linearized(tmp_path)
+
+
+def test_wrong_arguments_are_named(tmp_path: Path) -> None:
+    model, file, folder = replaced(layer()), tmp_path / "file", tmp_path / "saved"
+    file.touch()
+    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got int"):
+        save_linearized(3, folder)
+    with pytest.raises(ValueError, match="folder: expected a folder, got .*file, which is a file"):
+        save_linearized(model, file)
+    with pytest.raises(TypeError, match=r"data: expected a dict, got \['cat'\]"):
+        save_linearized(model, folder, data=["cat"])
+    assert not folder.exists()
+    save_linearized(model, folder)
+    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got int"):
+        load_linearized(folder, 3)
+    with torch.inference_mode():
+        other = layer()
+    with pytest.raises(
+        ValueError, match="model: expected a model created outside torch.inference_mode, got one created inside$"
+    ):
+        load_linearized(folder, other)

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import __version__, backends
@@ -24,7 +25,7 @@ from ..models.state import load_state
 from ..nn.core import CORES, Core, Mounted
 from ..nn.module import AttentionModule
 from .drop_in import OPS, DropIn
-from .hosts import Snapshot
+from .hosts import Snapshot, check_model
 from .swap import holders, host_of, replace_attention
 
 CONFIG = "linearized.json"
@@ -64,9 +65,11 @@ def save_linearized(
         overwrite: whether to replace a model that this function saved in the folder.
 
     Raises:
+        TypeError: an argument has the wrong type.
         ValueError: the model has no replaced attention, or its state dict contains an entry that is not a tensor, or the folder
             contains a different kind of model, or `overwrite` is not set and the folder contains a model.
     """
+    check_model(model)
     layers = {name: described(holder) for name, holder in holders(model).items() if holder.core.name != "softmax"}
     if not layers:
         raise ValueError("model: expected a model with replaced attention, got one without")
@@ -74,6 +77,8 @@ def save_linearized(
     host = _describe_host(model)
     if data is None and isinstance(getattr(model, "config", None), dict):
         data = model.config.get("data")
+    if not isinstance(data, dict | None):
+        raise TypeError(f"data: expected a dict, got {data!r}")
     config = {"vix_kernels": __version__, "host": host, "structure": _structure(model), "layers": layers} | (
         {"data": data} if data else {}
     )
@@ -98,9 +103,11 @@ def check_folder(folder: str | Path, *, overwrite: bool = False) -> Path:
 
     Raises:
         TypeError: `folder` is not a path.
-        ValueError: `folder` contains a different kind of model, or contains a model and `overwrite` is not set.
+        ValueError: `folder` is a file, or contains a different kind of model, or contains a model and `overwrite` is not set.
     """
     folder = folder_path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"folder: expected a folder, got {folder}, which is a file")
     found = {name for name in (CONFIG, PROGRESS, WEIGHTS, "config.json") if (folder / name).exists()}
     if CONFIG not in found and ("config.json" in found or WEIGHTS in found and PROGRESS not in found):
         raise ValueError(f"folder: expected a new folder, got {folder}, which contains another model")
@@ -120,8 +127,14 @@ def load_linearized(folder: str | Path, model: nn.Module | None = None) -> nn.Mo
 
     Raises:
         FileNotFoundError: the folder or a file is missing.
+        TypeError: `model` is not an nn.Module.
         ValueError: a file is damaged or names an unknown attention or model, or the weights do not fit. `model` is unchanged.
     """
+    if model is not None:
+        check_model(model)
+        weights = (x for x in model.state_dict().values() if isinstance(x, Tensor))
+        if not torch.is_inference_mode_enabled() and any(x.is_inference() for x in weights):
+            raise ValueError("model: expected a model created outside torch.inference_mode, got one created inside")
     folder = folder_path(folder)
     config = read_config(folder)
     state = read_state(folder / WEIGHTS)
