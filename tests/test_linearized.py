@@ -16,7 +16,7 @@ from torch import nn
 
 from vix_kernels.__main__ import main
 from vix_kernels.integrations import linearized
-from vix_kernels.integrations.linearized import check_folder
+from vix_kernels.integrations.linearized import check_folder, reason_against_creating
 from vix_kernels.integrations.swap import replace_attention
 from vix_kernels.linearize import load_linearized, save_linearized
 from vix_kernels.models import save_model
@@ -129,6 +129,31 @@ def test_arguments_of_timm_models_are_saved(arguments: dict[str, Any], tmp_path:
         warnings.simplefilter("error")
         save_linearized(model, tmp_path)
     assert torch.equal(load_linearized(tmp_path)(x), model(x))
+
+
+def test_a_model_that_cannot_be_created_is_reported(tmp_path: Path) -> None:
+    """The reason is known before and after the replacement. Models with nn.MultiheadAttention are never created."""
+    model = small_timm(act_layer=nn.ReLU)
+    before = reason_against_creating(model)
+    assert "expected the architecture that linearized.json describes, got another one" in before
+    replaced(model)
+    with pytest.warns(UserWarning, match=f"load_linearized needs a new model as `model`, as it cannot create one: {before}"):
+        save_linearized(model, tmp_path)
+    load_linearized(tmp_path, small_timm(act_layer=nn.ReLU))
+    assert not reason_against_creating(replaced(layer()))
+
+
+@pytest.mark.parametrize("build", [small_timm, small_vit, converting.small_model])
+@pytest.mark.parametrize("op", ["feature", "nystrom", "performer", "linear", "agent"])
+def test_models_that_can_be_created_are_not_reported(build: Callable[[], nn.Module], op: str, tmp_path: Path) -> None:
+    model = build()
+    assert not reason_against_creating(model)
+    replace_attention(model, op, retrain=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_linearized(model, tmp_path)
+    state = load_linearized(tmp_path).state_dict()
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
 
 
 def test_an_interrupted_call_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -55,7 +57,8 @@ def save_linearized(
 ) -> None:
     """Save a model whose attention was replaced, for example by `linearize`, to a folder.
 
-    Both files are complete before the first of them appears in the folder.
+    Both files are complete before the first of them appears in the folder. If `load_linearized(folder)` will not be able to
+    create a model of timm, transformers or this library, a warning says why.
 
     Args:
         model: a model from this library, timm or transformers, or one with nn.MultiheadAttention.
@@ -70,19 +73,15 @@ def save_linearized(
             contains a different kind of model, or `overwrite` is not set and the folder contains a model.
     """
     check_model(model)
-    layers = {name: described(holder) for name, holder in holders(model).items() if holder.core.name != "softmax"}
-    if not layers:
+    config = _described_model(model)
+    if not config["layers"]:
         raise ValueError("model: expected a model with replaced attention, got one without")
     folder = check_folder(folder, overwrite=overwrite)
-    host = _describe_host(model)
     if data is None and isinstance(getattr(model, "config", None), dict):
         data = model.config.get("data")
     if not isinstance(data, dict | None):
         raise TypeError(f"data: expected a dict, got {data!r}")
-    config = {"vix_kernels": __version__, "host": host, "structure": _structure(model), "layers": layers} | (
-        {"data": data} if data else {}
-    )
-    text = json.dumps(config, indent=2) + "\n"
+    text = json.dumps(config | ({"data": data} if data else {}), indent=2) + "\n"
     tensors, seen = {}, set()
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
@@ -90,6 +89,10 @@ def save_linearized(
         shared = value.untyped_storage().data_ptr() in seen  # safetensors refuses tensors that share memory
         seen.add(value.untyped_storage().data_ptr())
         tensors[name] = value.clone().contiguous() if shared else value.contiguous()
+    if reason := reason_against_creating(model):
+        warnings.warn(
+            f"{folder}: load_linearized needs a new model as `model`, as it cannot create one: {reason}", stacklevel=2
+        )
 
     folder.mkdir(parents=True, exist_ok=True)
     weights = folder / WEIGHTS
@@ -114,6 +117,25 @@ def check_folder(folder: str | Path, *, overwrite: bool = False) -> Path:
     if {CONFIG, WEIGHTS} <= found and not overwrite:
         raise ValueError(f"folder: expected a new folder, or overwrite=True, got {folder}, which contains a model")
     return folder
+
+
+def reason_against_creating(model: nn.Module) -> str:
+    """Return why `load_linearized(folder)` cannot create `model` after it is saved, or an empty string if it can.
+
+    The attention of `model` may be replaced before or after this call. For models with nn.MultiheadAttention, which
+    `load_linearized` never creates, the result is an empty string.
+    """
+    if host_of(model) == "torch.nn":
+        return ""
+    config = _described_model(model)
+    state = {name: value.to("meta") for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    try:
+        with torch.device("meta"):
+            created = _create_host(json.loads(json.dumps(config["host"])), Path(CONFIG))
+        _restore(created, config, state, Path(CONFIG), cast=True)
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return ""
 
 
 def load_linearized(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -143,15 +165,7 @@ def load_linearized(folder: str | Path, model: nn.Module | None = None) -> nn.Mo
         raise ValueError("model: expected a new model with softmax attention, got one with replaced attention")
     snapshot = Snapshot(created)
     try:
-        for name, layer in config["layers"].items():
-            _put(created, name, layer, folder / CONFIG)
-        if config.get("structure") not in (_structure(created), _earlier_structure(created)):
-            raise ValueError(f"model: expected the architecture that {folder / CONFIG} describes, got another one")
-        if model is None:
-            for name, value in (*created.named_parameters(), *created.named_buffers()):
-                if name in state:
-                    value.data = value.data.to(state[name].dtype)
-        load_state(created, state, f"the model described in {folder / CONFIG}", lambda key: False)
+        _restore(created, config, state, folder / CONFIG, cast=model is None)
     except BaseException as error:
         snapshot.restore()
         if model is None and isinstance(error, ValueError):
@@ -181,6 +195,25 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: layers: expected one of {', '.join(map(repr, OPS))} for {name}, got {layer.get('op')!r}")
         layer["options"] = options_of(layer)
     return config
+
+
+def _described_model(model: nn.Module) -> dict[str, Any]:
+    """Return the contents of linearized.json for `model`, without the description of the images."""
+    layers = {name: described(holder) for name, holder in holders(model).items() if holder.core.name != "softmax"}
+    return {"vix_kernels": __version__, "host": _describe_host(model), "structure": _structure(model), "layers": layers}
+
+
+def _restore(model: nn.Module, config: dict[str, Any], state: Mapping[str, Tensor], path: Path, cast: bool) -> None:
+    """Replace the attention of a new model, and load its weights. `cast`: whether to adopt the dtypes of the weights."""
+    for name, layer in config["layers"].items():
+        _put(model, name, layer, path)
+    if config.get("structure") not in (_structure(model), _earlier_structure(model)):
+        raise ValueError(f"model: expected the architecture that {path} describes, got another one")
+    if cast:
+        for name, value in (*model.named_parameters(), *model.named_buffers()):
+            if name in state:
+                value.data = value.data.to(state[name].dtype)
+    load_state(model, state, f"the model described in {path}", lambda key: False)
 
 
 def options_of(layer: dict[str, Any]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def put(module: AttentionModule, core: Any, backend: str | None = None) -> None:
         if isinstance(value, nn.Module):
             value.to(weight)
         elif isinstance(value, nn.Parameter):
-            value.data = value.data.to(weight.device)
+            setattr(module, name, nn.Parameter(value.to(weight.device)))  # assigning value.data cannot move it to meta
         elif value is not None:
             setattr(module, name, value.to(weight.device))
     if core.has_extra_state:
