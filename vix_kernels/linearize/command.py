@@ -175,13 +175,13 @@ def _run(options: Any, ranks: Ranks) -> Report:
 def _check_folder(folder: Path, overwrite: bool) -> None:
     """Refuse a folder that contains other files, or a converted model if `overwrite` is False.
 
-    A folder with an interrupted conversion is accepted.
+    A folder with an interrupted conversion, or with only a part of a converted model, is accepted.
     """
-    from ..integrations.linearized import CONFIG
+    from ..integrations.linearized import CONFIG, WEIGHTS
     from .state import FILE
 
     found = {each.name for each in folder.iterdir() if not each.name.startswith(".")} if folder.is_dir() else set()
-    if CONFIG in found and FILE not in found and not overwrite:
+    if {CONFIG, WEIGHTS} <= found and FILE not in found and not overwrite:
         raise UserError(f"--output: expected a new folder, or --overwrite, got {folder}, which contains a converted model")
     if found and not found & {CONFIG, FILE}:
         raise UserError(f"--output: expected a new folder, got {folder}, which contains other files")
