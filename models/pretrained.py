@@ -112,9 +112,9 @@ def model_card(model: nn.Module) -> str:
 
 
 def state_writer(path: Path, tensors: dict[str, Tensor]) -> Callable[[Path], None]:
-    """Return a function for `write_atomically` that writes contiguous tensors as the .safetensors file `path`.
+    """Return a function for `write_atomically` that writes contiguous tensors to a .safetensors file.
 
-    The function raises OSError if this fails.
+    If the file cannot be written, the function raises an OSError that names `path`.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file

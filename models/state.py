@@ -26,7 +26,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], what: str, optiona
 def mismatch(
     expected: Mapping[str, Tensor], state: Mapping[str, Tensor], optional: Callable[[str], bool], most: int | None = None
 ) -> str:
-    """Return which entries of `state` are missing or unexpected, or have the wrong shape. The result is "" if there are none.
+    """Return which entries of `state` are missing or unexpected, or have the wrong shape. The result is "" if `state` fits.
 
     Args:
         optional: a function that returns whether the entry with a given name may be missing.

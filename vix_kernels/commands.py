@@ -115,7 +115,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_together(files: Mapping[Path, Callable[[Path], None]]) -> None:
-    """Write several files as `write_atomically` does. No file is replaced, in the given order, before all are written."""
+    """Write all files to temporary paths, then move them to the given paths, one after the other. Each move is atomic."""
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
     try:
         for path, write in files.items():

@@ -31,7 +31,7 @@ from .hosts import Snapshot, check_model
 from .swap import holders, host_of, replace_attention
 
 CONFIG = "linearized.json"
-PROGRESS = "linearize.pt"  # the checkpoint of a conversion that `vix linearize` has not finished
+PROGRESS = "linearize.pt"  # the checkpoint of a conversion, which `vix linearize` removes after it saves the model
 # Arguments of timm.create_model that linearized.json may contain
 TIMM_ARGUMENTS = frozenset(
     """
@@ -57,8 +57,8 @@ def save_linearized(
 ) -> None:
     """Save a model whose attention was replaced, for example by `linearize`, to a folder.
 
-    Both files are complete before the first of them appears in the folder. If `load_linearized(folder)` will not be able to
-    create a model of timm, transformers or this library, a warning says why.
+    Both files are complete before the first of them appears in the folder. If `model` is from timm, transformers or this
+    library, but `load_linearized(folder)` will not be able to create it, a warning says why.
 
     Args:
         model: a model from this library, timm or transformers, or one with nn.MultiheadAttention.
@@ -69,8 +69,8 @@ def save_linearized(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: the model has no replaced attention, or its state dict contains an entry that is not a tensor, or the folder
-            contains a different kind of model, or `overwrite` is not set and the folder contains a model.
+        ValueError: the model has no replaced attention, or its state dict contains an entry that is not a tensor, or `folder`
+            is a file or contains a different kind of model, or `overwrite` is not set and the folder contains a model.
     """
     check_model(model)
     config = _described_model(model)
@@ -120,10 +120,10 @@ def check_folder(folder: str | Path, *, overwrite: bool = False) -> Path:
 
 
 def reason_against_creating(model: nn.Module) -> str:
-    """Return why `load_linearized(folder)` cannot create `model` after it is saved, or an empty string if it can.
+    """Return why `load_linearized` cannot create `model` from a saved folder, or an empty string if it can.
 
-    The attention of `model` may be replaced before or after this call. For models with nn.MultiheadAttention, which
-    `load_linearized` never creates, the result is an empty string.
+    This function can be called before or after the attention of `model` is replaced. For models with nn.MultiheadAttention,
+    which `load_linearized` never creates, the result is an empty string.
     """
     if host_of(model) == "torch.nn":
         return ""
@@ -145,12 +145,13 @@ def load_linearized(folder: str | Path, model: nn.Module | None = None) -> nn.Mo
         folder: the folder.
         model: a new model with the architecture of the saved one and with softmax attention. It is changed in place. None:
             create the model. This is only possible for models from this library, timm and transformers. For a timm model, the
-            arguments of timm.create_model must have been numbers, strings, lists or tuples.
+            arguments of timm.create_model must have been numbers, booleans, strings, or lists or tuples of these.
 
     Raises:
         FileNotFoundError: the folder or a file is missing.
         TypeError: `model` is not an nn.Module.
-        ValueError: a file is damaged or names an unknown attention or model, or the weights do not fit. `model` is unchanged.
+        ValueError: a file is damaged or names an unknown attention or model, the model cannot be created, or `model` or the
+            weights do not fit. `model` is unchanged.
     """
     if model is not None:
         check_model(model)
@@ -225,7 +226,7 @@ def described(holder: Mounted) -> dict[str, Any]:
     """Return a description of an attention for a JSON file: its op, options and backend, and whether it ignores dropout."""
     core: Core = holder.core
     options = {each.name: getattr(core, each.name) for each in fields(core)}
-    if isinstance(holder, DropIn) and holder.grid is not None:  # the slots are placed on the grid of each call
+    if isinstance(holder, DropIn) and holder.grid is not None:  # landmarks or agents are placed on the grid of each call
         options = {name: value for name, value in options.items() if name not in ("landmarks", "grid_size")}
     dropout = {"dropout": "ignore"} if isinstance(holder, DropIn) and holder.dropout == "ignore" else {}
     return {"op": core.name, "options": options, "backend": holder.backend} | dropout
@@ -265,7 +266,7 @@ def _structure(model: nn.Module) -> str:
 
 
 def _earlier_structure(model: nn.Module) -> str:
-    """Return the digest in folders that earlier versions wrote. It contains fewer settings than that of `_structure`."""
+    """Return the digest that earlier versions saved. It depends on fewer settings than the digest of `_structure`."""
     lines = []
     for name, module in model.named_modules():
         kind = type(module).__name__
@@ -281,7 +282,10 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Return a setting in a form whose repr is always the same, or None if it is a tensor or a module."""
+    """Convert a setting to a value whose repr is the same in every process.
+
+    Tensors, modules and other objects without a name become None.
+    """
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
     if isinstance(value, int | float):

@@ -19,7 +19,7 @@ def drawn(name: str, batches: Batches, least: int = 1) -> Iterator[Any]:
     """Iterate once over the batches with at least `least` samples.
 
     Raises:
-        TypeError: the argument `name`, which is `batches`, is not a function that returns an iterator.
+        TypeError: `batches` is not a function that returns an iterable. In the message, this argument is called `name`.
     """
     if not callable(batches):
         raise TypeError(f"{name}: expected a function that returns a fresh iterator, got {type(batches).__name__}")
@@ -35,7 +35,7 @@ def endless(batches: Batches, least: int = 1) -> Iterator[Any]:
     """Iterate endlessly over the batches with at least `least` samples, with a new call of `batches` for each pass.
 
     Raises:
-        TypeError, ValueError: `batches` is not a function that returns an iterator with at least one such batch.
+        TypeError, ValueError: `batches` is not a function that returns an iterable with at least one such batch.
     """
     while True:
         empty = True
@@ -82,7 +82,7 @@ def check_same(name: str, batches: Iterable[Any], ranks: Ranks) -> None:
     """Check that all processes have the same batches. A single process has nothing to compare.
 
     Raises:
-        ValueError: the tensors differ. All processes raise it.
+        ValueError: the tensors differ. All processes raise this error.
     """
     if ranks.world == 1:
         return

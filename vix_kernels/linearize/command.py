@@ -173,9 +173,10 @@ def _run(options: Any, ranks: Ranks) -> Report:
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that contains other files, or a converted model if `overwrite` is False.
+    """Refuse a folder that contains files, but neither linearized.json nor linearize.pt.
 
-    A folder with an interrupted conversion, or with only a part of a converted model, is accepted.
+    If `overwrite` is False, also refuse a folder with a converted model. A folder with linearize.pt, the checkpoint of a
+    conversion, is always accepted.
     """
     from ..integrations.linearized import CONFIG, WEIGHTS
     from .state import FILE

@@ -137,7 +137,7 @@ def linearize(
 
 
 class Conversion:
-    """A conversion in progress. Call `prepare`, `fit`, `choose`, `finetune` (optional) and `finish` in this order."""
+    """A conversion in progress. Call draw, prepare, fit, choose, finetune (optional) and finish in this order."""
 
     def __init__(
         self, model: nn.Module, batches: Batches, op: str, layers: Sequence[str] | None, options: dict[str, Any], ranks: Ranks,
@@ -168,7 +168,7 @@ class Conversion:
             self.check_part()
 
     def check_part(self) -> None:
-        """Check that dividing a batch divides its samples: the batch sizes in the layers must be divided in the same way."""
+        """Check that a part of a batch reduces the batch size in every layer by the same factor as that of the input."""
         transferring(self.layers, ignore)
         self.run([self.first])
         part, before, error = self.part(self.first), [layer.batch for layer in self.layers], None
@@ -185,14 +185,14 @@ class Conversion:
             ) from error
 
     def settings(self, **given: Any) -> dict[str, Any]:
-        """Return the settings of this conversion. A call can only continue an interrupted conversion with equal settings."""
+        """Return the settings that decide whether a call can continue an interrupted conversion (see `Progress.open`)."""
         return given | dict(
             op=self.op, options=repr(sorted(self.options.items())), seed=self.seed, layers=[each.name for each in self.layers],
             max_error=self.max_error, model=self.weights, eval_batches=checksum(self.eval_batches),
         )  # fmt: skip
 
     def draw(self, eval_batches: Batches, eval_samples: int) -> None:
-        """Draw the batches for the report."""
+        """Collect the batches for the report."""
         name, count = "batches" if eval_batches is self.batches else "eval_batches", 0
         for batch in drawn(name, eval_batches, self.ranks.world):
             self.eval_batches.append(batch)

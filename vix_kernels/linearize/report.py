@@ -19,7 +19,8 @@ class LayerReport:
 
     Attributes:
         tokens: the number of tokens.
-        before: the relative squared error of the attention's output before training, over the rows that are not exact.
+        before: the relative squared error of the attention's output before training, over the rows that do not attend by exact
+            softmax.
         after: the same error after the features were trained, but before any fine-tuning steps.
         attention: a description of the new attention, or why softmax attention is kept.
         converted: whether the layer is converted.
@@ -38,7 +39,7 @@ class Report:
 
     Attributes:
         op: the new attention.
-        layers: maps the name of each layer to its result.
+        layers: maps the name of each layer that was measured to its result.
         refused: the attentions that cannot be converted. Maps their names to the reasons.
         agreement: percentage of samples for which the converted model and the teacher predict the same class, or None if the
             model is not a classifier.

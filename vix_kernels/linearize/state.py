@@ -34,10 +34,12 @@ class Progress:
 
     @classmethod
     def open(cls, folder: str | Path | None, settings: dict[str, Any], ranks: Ranks, overwrite: bool) -> Progress:
-        """Return the state in `folder`, or a new one.
+        """Return the state that is saved in `folder`, or a new state if nothing is saved or `overwrite` is set.
 
         Raises:
-            ValueError: the folder contains other files, a damaged checkpoint, or a conversion with different settings.
+            TypeError: `folder` is not a path.
+            ValueError: `folder` is a file. Or `overwrite` is not set, and the folder contains a damaged checkpoint, a
+                conversion with different settings, or files but no checkpoint.
         """
         if folder is not None and not isinstance(folder, str | PathLike):
             raise TypeError(f"output: expected a path, got {folder!r}")
@@ -68,7 +70,7 @@ class Progress:
         return progress
 
     def begin(self) -> None:
-        """Create the folder, after all checks. If the conversion starts again, remove the state of the earlier one."""
+        """Create the folder, after all checks. If this conversion does not continue a saved one, remove the old checkpoint."""
         if self.path is None or not self.ranks.first:
             return
         try:
@@ -128,7 +130,7 @@ class Progress:
 
 
 def weights_checksum(model: nn.Module) -> int:
-    """Return a checksum of the names and values of the parameters and buffers, and of which parameters are trained."""
+    """Return a checksum of the names, values and requires_grad of the parameters and buffers."""
     named = [*model.named_parameters(), *model.named_buffers()]
     return checksum([[x for _, x in named]], zlib.crc32(repr([(name, x.requires_grad) for name, x in named]).encode()))
 

@@ -2,8 +2,8 @@
 
 A crash cannot damage a checkpoint. Loading a checkpoint executes no code from it. Any number of processes can load it.
 
-A checkpoint is one file. With FSDP2, the tensors are stored separately: each process writes its shards to a common folder with
-torch.distributed.checkpoint. The file contains the name of the folder, and is written last.
+Without FSDP2, a checkpoint is one file. With FSDP2, the tensors are not in this file: each process writes its shards to a
+common folder with torch.distributed.checkpoint. The file contains the name of the folder, and is written last.
 """
 
 from __future__ import annotations

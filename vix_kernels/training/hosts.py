@@ -24,9 +24,10 @@ class HostModel(nn.Module):
 
     Attributes:
         host: the model.
-        in_chans, img_size, num_classes: the shape of its inputs and outputs. `shape` (the channels, height and width of the
-            images of a run) overrides in_chans and img_size, because a model for images of any size does not know their size.
-        config: a dict whose entry "data", if any, describes the training images, as in Backbone.
+        in_chans, img_size, num_classes: the shape of its inputs and outputs. The argument `shape` (channels,
+            height and width of the images of a run) overrides in_chans and img_size, because a model for images of any size
+            does not store an image size.
+        config: a dict whose entry "data", if any, describes the training images, as explained in `save_model`.
     """
 
     num_prefix_tokens = 0
@@ -151,7 +152,7 @@ def _transformers(folder: str) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _normalization(path: Path, channels: int) -> dict[str, list[float]]:
-    """Return the mean and std that transformers saved in `path`. The result is empty if the file does not exist or has none."""
+    """Return the mean and std that transformers saved in `path`. The result is empty if they are not saved there."""
     if not path.is_file():
         return {}
     try:

@@ -27,8 +27,9 @@ FLAG = "--initial-checkpoint"
 def load_initial(model: nn.Module, path: str, classes: Sequence[str]) -> None:
     """Load weights into `model`. Positions are resampled. If the classes differ, the head of `model` keeps its weights.
 
-    If the attention of the saved model is different, its parameters, such as learned features, are ignored, and the parameters
-    of the attention of `model` keep their values. Only the linear layers of the attention are loaded.
+    If the saved model has a different attention, the linear layers and norms of the attention layers are loaded. Parameters
+    that only the saved attention has, such as learned features, are ignored. Parameters that only the attention of `model` has
+    keep their values.
 
     Args:
         classes: the names of the classes of the new model.
@@ -36,7 +37,8 @@ def load_initial(model: nn.Module, path: str, classes: Sequence[str]) -> None:
             .pth file.
 
     Raises:
-        UserError: the file is damaged, positions cannot be resampled, or weights other than positions and the head do not fit.
+        UserError: the file is missing or damaged, positions cannot be resampled, or weights other than positions and the
+            head do not fit.
     """
     file = Path(path)
     source, state, data = _read(file)
@@ -51,7 +53,7 @@ def load_initial(model: nn.Module, path: str, classes: Sequence[str]) -> None:
 def _read(file: Path) -> tuple[nn.Module | None, dict[str, Any], dict[str, Any]]:
     """Return the saved model, its state dict, and the description of its training images.
 
-    The model is None if `file` contains only weights. It may be on the meta device.
+    The model is None if `file` contains only weights. Otherwise, the model may be on the meta device.
     """
     run = next((file / name for name in ("best.pt", "last.pt") if (file / name).is_file()), file)
     if run.suffix == ".pt":
@@ -111,7 +113,7 @@ def _resampled(name: str, value: Tensor, wanted: Tensor, model: nn.Module) -> Te
 
 
 def _of_attention(name: str, layers: list[str]) -> bool:
-    """Return whether an entry is state of an attention, such as random features, and not a weight of its linear layers.
+    """Return whether an entry, such as random features, belongs to an attention but not to its linear layers or norms.
 
     Models with different attentions have different entries of this kind.
 

@@ -62,7 +62,7 @@ class Optimizer:
         scaler.update()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the state as a dict from `PARAMETER:NAME` to a tensor. Parameter names do not depend on the sharding."""
+        """Return a dict that maps names such as "head.weight:exp_avg" to tensors. The names do not depend on the sharding."""
         return {
             f"{self.names[parameter]}:{key}": value
             for part in self.parts
@@ -90,8 +90,8 @@ def layer_scales(names: Sequence[str], head: Collection[str], decay: float) -> d
     """Return the learning rate factor of each parameter.
 
     The factor is 1 for the head and the parameters after the last block, such as a norm or pooling. It is `decay` for the last
-    block, `decay` squared for the block before it, and so on. Parameters between two blocks have the factor of the first of
-    them. Positions and the parameters before the first block, such as patch embeddings, have the smallest factor.
+    block, `decay` squared for the block before it, and so on. Parameters between two blocks have the factor of the block
+    before them. Positions and the parameters before the first block, such as patch embeddings, have the smallest factor.
 
     Args:
         names: the names of the parameters, in the order of the model.

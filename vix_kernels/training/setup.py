@@ -34,8 +34,8 @@ def located(config: Config) -> tuple[str | None, Path | None]:
     """Return the checkpoint or run folder to resume from, and the folder to write to.
 
     If torchrun has restarted this run and its folder contains last.pt, the run resumes from that file. Otherwise, it resumes
-    from --resume, if given. The folder is --output, or by default the folder of the resumed checkpoint. If neither is given,
-    the returned folder is None, and `claim_folder` creates one later.
+    from --resume, if given. The folder is --output, or by default the folder of the resumed checkpoint. Without --output and
+    --resume, the returned folder is None, and `claim_folder` creates one later.
     """
     if config.output and _restarted() and (Path(config.output) / "last.pt").exists():
         return config.output, Path(config.output)

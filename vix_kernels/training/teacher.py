@@ -79,8 +79,8 @@ def distance(actual: Tensor, expected: Tensor, distill: str) -> Tensor:
     """Return the distance between `actual` and `expected`, summed over the samples.
 
     This is the Kullback-Leibler divergence if `distill` is "soft" and the tensors are logits (batch, classes) of at least two
-    classes. Otherwise, it is the squared error of each sample, relative to the squared norm of `expected` unless a sample is a
-    single number, which may be close to 0.
+    classes. Otherwise, it is the squared error of each sample, divided by the squared norm of the sample in `expected`. If a
+    sample is a single number, its error is not divided, because the number may be close to 0.
     """
     if distill == "soft" and actual.dim() == 2 and actual.shape[1] > 1:
         return F.kl_div(actual.log_softmax(1), expected.log_softmax(1), log_target=True, reduction="sum")
