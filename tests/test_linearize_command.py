@@ -66,6 +66,12 @@ def test_an_interrupted_command_continues(
     assert (out / "model.safetensors").read_bytes() == expected and not (out / state.FILE).exists()
 
 
+def test_half_of_a_saved_model_is_replaced(command: list[str], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "linearized.json").write_text("{}")  # the weights were not written
+    assert main(command) == 0
+
+
 def test_folders_with_other_files_are_refused(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     out.mkdir()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..commands import write_atomically
+from ..integrations.linearized import CONFIG
 from ..integrations.linearized import PROGRESS as FILE
 from ..training.checkpoint import write
 from ..training.parallel import Ranks
@@ -52,7 +53,8 @@ class Progress:
         if overwrite:
             return progress
         if not progress.path.is_file():
-            if folder.is_dir() and not all(each.name.startswith(".") for each in folder.iterdir()):
+            names = {each.name for each in folder.iterdir() if not each.name.startswith(".")} if folder.is_dir() else set()
+            if names - {CONFIG}:  # without weights, CONFIG is from an interrupted `save_linearized`
                 raise ValueError(f"output: expected a new folder, or overwrite=True, got {folder}, which is not empty")
             return progress
         try:
