@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vix_kernels.commands import Parser, figure, print_table, within, write_csv
-from vix_kernels.integrations.swap import holders, replace_attention
+from vix_kernels.integrations.swap import replace_attention
 from vix_kernels.measure.machine import commit, device_name
 from vix_kernels.measure.timing import in_turns
 from vix_kernels.models import create_model
@@ -64,10 +64,10 @@ def models(model: Callable[[], nn.Module]) -> Iterator[tuple[Key, nn.Module]]:
     for name, op, option in METHODS:
         for count in COUNTS:
             converted = model()
-            replace_attention(converted, op, retrain=True, **{option: count})
+            report = replace_attention(converted, op, retrain=True, **{option: count})
             yield (name, count), converted
     without = model()
-    for layer in holders(without):
+    for layer in report.attentions:
         without.set_submodule(layer, NoAttention())
     yield ("no attention", 0), without
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -252,7 +253,7 @@ def test_the_features_of_other_heads_are_refused() -> None:
         (("--attention", "nystrom"), "--attention: expected --model timm:NAME, got hybrid_vip; other models have"),
         (("--pretrained",), "--pretrained: expected --model timm:NAME, got hybrid_vip"),
         (("--layer-decay", "0"), "--layer-decay: expected a number in"),
-        (("--distill-weight", "2"), "--distill-weight: expected a number in"),
+        (("--teacher", "t", "--distill-weight", "2"), "--distill-weight: expected a number in"),
         (("--teacher", "none"), "--teacher: no checkpoint at "),
         (("--teacher", ""), "--teacher: expected a value, got an empty string"),
         (("--initial-checkpoint", ""), "--initial-checkpoint: expected a value, got an empty string"),
@@ -276,11 +277,21 @@ def test_wrong_flags_are_refused(arguments: tuple[str, ...], error: str, refused
 def test_resumed_runs_refuse_other_initial_weights(run: Path, refused: Callable[..., str], tmp_path: Path) -> None:
     """The same initial weights are accepted, so that a command can be repeated with --resume."""
     epochs = ("--epochs", "2", "--resume", run, "--output", tmp_path / "run")
-    error = "--initial-checkpoint: cannot be combined with --resume, because both set the weights"
+    error = "--initial-checkpoint: expected none with --resume, got "
     assert error in refused(*SMALL, *TINY, *epochs, "--initial-checkpoint", "none")
     train(*TINY, "--initial-checkpoint", run, "--output", tmp_path / "second")
     train(*TINY, "--initial-checkpoint", run, "--epochs", "2", "--resume", tmp_path / "second")
     assert len(load_checkpoint(tmp_path / "second")["history"]) == 2
+
+
+def test_settings_without_effect_of_earlier_runs_are_ignored(run: Path, tmp_path: Path) -> None:
+    """Earlier versions accepted an empty --teacher, and --distill without --teacher."""
+    shutil.copytree(run, tmp_path / "run")
+    checkpoint = torch.load(run / "last.pt", weights_only=True)
+    checkpoint["config"] |= {"teacher": "", "distill": "features", "distill_weight": 0.9}
+    torch.save(checkpoint, tmp_path / "run" / "last.pt")
+    train("--resume", tmp_path / "run", "--epochs", "2")
+    assert len(load_checkpoint(tmp_path / "run")["history"]) == 2
 
 
 def test_teachers_that_do_not_fit_are_refused(run: Path, refused: Callable[..., str], tmp_path: Path) -> None:

@@ -92,7 +92,12 @@ def test_class_names_of_a_folder_are_kept(tmp_path: Path) -> None:
     """
     pytest.importorskip("sklearn", reason="the digits are from scikit-learn")
     options = ("--dataset", "digits", "--steps", "2", "--images", "16", "--eval-images", "16", "--no-progress")
-    for kind, names in {"others": map("c{}".format, range(1, 13)), "digits": map(str, range(10)), "default": ()}.items():
+    for kind, names in {
+        "others": map("c{}".format, range(1, 13)),
+        "digits": map(str, range(10)),
+        "default": (),
+        "words": "abcdefghij",
+    }.items():
         labels = dict(enumerate(names)) or {n: f"LABEL_{n}" for n in range(10)}
         folder = tmp_path / kind
         hf_vit(id2label=labels, label2id={name: label for label, name in labels.items()}).save_pretrained(folder)

@@ -20,6 +20,7 @@ from vix_kernels.__main__ import main
 from vix_kernels.integrations import zoo
 from vix_kernels.integrations.hosts import Snapshot
 from vix_kernels.integrations.swap import holders, host_of, replace_attention
+from vix_kernels.linearize import batches as batches_of_linearize
 from vix_kernels.linearize import convert, linearize, load_linearized, save_linearized, state, transfer
 from vix_kernels.models import create_model, save_model
 from vix_kernels.nn import Attention
@@ -672,7 +673,7 @@ def test_features_are_distilled_from_batches_of_dicts() -> None:
     model, batches = make("timm")
     before = model.head.weight.clone(), model.blocks[0].mlp.fc1.weight.clone()
     settings = dict(num_features=8, steps=1, finetune_steps=2, distill="features", progress=False)
-    linearize(model, lambda: ({"x": x} for x in batches()), **settings)
+    linearize(model, lambda: ({"labels": torch.zeros(len(x)), "x": x} for x in batches()), **settings)
     assert torch.equal(model.head.weight, before[0]) and not torch.equal(model.blocks[0].mlp.fc1.weight, before[1])
 
 
@@ -701,3 +702,35 @@ def test_a_larger_max_error_continues(tmp_path: Path, monkeypatch: pytest.Monkey
     steps: list[int] = []
     monkeypatch.setattr(state.Progress, "after_step", lambda *arguments: steps.append(1))
     assert len(linearize(model, batches, max_error=1e9, **settings).converted) == 2 and not steps  # no step was repeated
+
+
+def test_batches_and_buffers_of_any_layout() -> None:
+    x = torch.randn(8, 3, 32, 64)
+    labels = torch.zeros(8, 2)[:, 1], torch.tensor(1).expand(8), torch.eye(8).to_sparse(), torch.eye(8).to_sparse_csr()
+    for batch in (x[..., ::2], torch.fft.fft2(x[..., :32]).real, *((x[..., :32], each) for each in labels)):
+        linearize(timm_vit(), lambda batch=batch: iter([batch]), num_features=4, steps=1, progress=False)
+    assert batches_of_linearize.checksum([x[..., ::2]]) == batches_of_linearize.checksum([x[..., ::2].contiguous()])
+    model = timm_vit()
+    model.register_buffer("ids", torch.zeros(1, 1).expand(3, 5), persistent=False)
+    calls: list[int] = []
+
+    def interrupt(*arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+
+    model.register_forward_pre_hook(interrupt)
+    before = model.head.weight.clone()
+    with pytest.raises(KeyboardInterrupt):
+        linearize(model, lambda: iter([x[..., :32]]), num_features=4, steps=1, finetune_steps=9, progress=False)
+    assert torch.equal(model.head.weight, before)
+
+
+def test_iterables_without_iter_are_accepted() -> None:
+    class Ready:
+        def __getitem__(self, i: int) -> Tensor:
+            if i >= 2:
+                raise IndexError
+            return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(i))
+
+    assert linearize(timm_vit(), lambda: Ready(), num_features=4, steps=3, progress=False).samples == 8

@@ -64,6 +64,8 @@ def test_an_interrupted_command_continues(
     assert "batches: expected the same batches as before the interruption, got others" in error
     assert main(command) == 0
     assert (out / "model.safetensors").read_bytes() == expected and not (out / state.FILE).exists()
+    assert interrupt(monkeypatch, [*command, "--overwrite"], after=1) == 130  # before the first checkpoint
+    assert f"interrupted, repeat the command to continue in {out}" in capsys.readouterr().err
 
 
 def test_half_of_a_saved_model_is_replaced(command: list[str], tmp_path: Path) -> None:
@@ -92,8 +94,12 @@ def test_two_commands_cannot_write_to_one_folder(
 def test_a_refused_conversion_leaves_no_folder(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "layers: expected names of attentions" in refused([*command, "--layers", "none"], capsys)
     assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    refused([*command, "--layers", "none"], capsys)
+    assert (tmp_path / "out").is_dir()  # only new folders are removed
     (tmp_path / "file").write_text("")
-    assert str(tmp_path / "file") in refused([*command, "--output", str(tmp_path / "file" / "out")], capsys)
+    assert "--output: expected a folder, got" in refused([*command, "--output", str(tmp_path / "file")], capsys)
+    assert "--output: cannot create" in refused([*command, "--output", str(tmp_path / "file" / "out")], capsys)
 
 
 def test_random_weights_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -88,6 +88,8 @@ def test_times_of_a_timm_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     found = rows(tmp_path / "vit_tiny_patch16_224-time.csv")
     assert len(found) == 2 + len(linearize_time.METHODS) * len(linearize_time.COUNTS)
     assert found[0]["method"] == "softmax" and {row["tokens"] for row in found} == {"65"}
+    without = [model for (method, _), model in linearize_time.models(lambda: small("test_vit")) if method == "no attention"]
+    assert [type(block.attn) for block in without[0].blocks] == [linearize_time.NoAttention]
 
 
 def test_more_images_than_the_data_set_has_are_refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

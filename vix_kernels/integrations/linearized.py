@@ -35,12 +35,16 @@ PROGRESS = "linearize.pt"  # the checkpoint of a conversion, which `vix lineariz
 # Arguments of timm.create_model that linearized.json may contain
 TIMM_ARGUMENTS = frozenset(
     """
-    act_layer attn_only_layer_scale attn_type class_token depth dynamic_img_pad dynamic_img_size embed_dim
-    embed_norm_layer fc_norm final_norm global_pool img_size in_chans init_values mlp_ratio no_embed_class
-    norm_layer num_classes num_heads num_kv_heads num_reg_tokens patch_size pool_include_prefix pos_embed pre_norm
+    act_layer attn_gated attn_only_layer_scale attn_pool_mlp_ratio attn_pool_num_heads attn_type base_dims
+    class_token depth distilled dynamic_img_pad dynamic_img_size embed_dim embed_norm_layer embed_proj_type
+    enable_patch_interpolator fc_norm final_norm global_pool heads img_size in_chans init_values
+    input_norm_layer mlp_ratio no_embed_class norm_layer num_classes num_heads num_kv_heads num_reg_tokens
+    patch_size patchify_channels_last pool_include_prefix pos_embed pos_embed_align_corners pos_embed_antialias
+    pos_embed_ar_preserving pos_embed_grid_size pos_embed_interp_mode pos_embed_use_grid_sample pre_norm
     proj_bias qk_norm qkv_bias qkv_fused ref_feat_shape reg_tokens rope_grid_indexing rope_grid_offset
-    rope_mrope_section rope_rotate_half rope_temperature rope_type scale_attn_inner scale_attn_norm scale_mlp
-    scale_mlp_norm swiglu_align_to swiglu_mlp use_abs_pos_emb use_fc_norm use_post_norm use_post_transformer_norm
+    rope_mrope_section rope_ref_feat_shape rope_rotate_half rope_temperature rope_type scale_attn_inner
+    scale_attn_inner_norm scale_attn_norm scale_mlp scale_mlp_norm stem_type stride swiglu_align_to swiglu_mlp
+    use_abs_pos_emb use_fc_norm use_key_only_attn_mask use_post_norm use_post_transformer_norm
     use_pre_transformer_norm use_rot_pos_emb
     """.split()
 )
@@ -48,7 +52,9 @@ TIMM_ARGUMENTS = frozenset(
 SETTINGS = """
     activation base batch_first global_pool grid_indexing grid_offset grid_type head_dim linear_bands max_period
     max_res min_period norm_first normalize_coords num_attention_heads num_heads num_prefix_tokens
-    pool_include_prefix pool_type ref_feat_shape rotate_half scale scaling temperature
+    pool_include_prefix pool_type pos_embed_align_corners pos_embed_antialias pos_embed_ar_preserving
+    pos_embed_interp_mode pos_embed_type pos_embed_use_grid_sample ref_feat_shape rotate_half scale scaling
+    temperature
 """.split()
 
 
@@ -309,9 +315,14 @@ def _describe_host(model: nn.Module) -> dict[str, Any]:
         arguments |= getattr(model, "vix_arguments", {})  # set for models that `vix train` created
         return host | {
             "name": getattr(model, "pretrained_cfg", {}).get("architecture"),
-            "arguments": {name: value for name, value in arguments.items() if _is_argument(name, value)},
+            "arguments": {name: _number(x) for name, x in arguments.items() if _is_argument(name, _number(x))},
         }
     return host
+
+
+def _number(value: Any) -> Any:
+    """Convert a number of NumPy to a number of Python, and return other values unchanged."""
+    return value.item() if getattr(value, "shape", None) == () else value
 
 
 def _is_argument(name: str, value: Any) -> bool:

@@ -24,11 +24,12 @@ def drawn(name: str, batches: Batches, least: int = 1) -> Iterator[Any]:
     if not callable(batches):
         raise TypeError(f"{name}: expected a function that returns a fresh iterator, got {type(batches).__name__}")
     found = batches()
-    if not isinstance(found, Iterable):
-        raise TypeError(
-            f"{name}: expected a function that returns a fresh iterator, got one that returns {type(found).__name__}"
-        )
-    return (batch for batch in found if size_of(batch) >= least)
+    try:
+        iterator = iter(found)
+    except TypeError:
+        what = type(found).__name__
+        raise TypeError(f"{name}: expected a function that returns a fresh iterator, got one that returns {what}") from None
+    return (batch for batch in iterator if size_of(batch) >= least)
 
 
 def endless(batches: Batches, least: int = 1) -> Iterator[Any]:
@@ -72,10 +73,20 @@ def part_of(batch: Any, rank: int, world: int) -> Any:
 def checksum(batches: Iterable[Any], start: int = 0) -> int:
     """Return a checksum of the tensors in the batches. `start` is the checksum of the batches before them."""
     for x in (x for batch in batches for x in tensors(batch)):
-        x = torch.view_as_real(x) if x.is_complex() else x
-        start = zlib.crc32(f"{x.dtype} {tuple(x.shape)}".encode(), start)
-        start = zlib.crc32(x.detach().cpu().flatten().view(torch.uint8).numpy(), start)
+        start = zlib.crc32(f"{x.dtype} {x.layout} {x.is_nested or tuple(x.shape)}".encode(), start)
+        for part in _dense(x.detach()):
+            content = part.cpu().resolve_conj().resolve_neg().contiguous()
+            start = zlib.crc32(content.view(-1).view(torch.uint8).numpy(), start)
     return start
+
+
+def _dense(x: Tensor) -> list[Tensor]:
+    """Return dense tensors with the content of `x`. A meta tensor has none."""
+    if x.is_meta:
+        return []
+    if x.is_nested:
+        return list(x.unbind())
+    return [x if x.layout is torch.strided else x.to_dense()]
 
 
 def check_same(name: str, batches: Iterable[Any], ranks: Ranks) -> None:

@@ -120,7 +120,9 @@ def linearize_command(argv: list[str]) -> int:
             return 2
         except KeyboardInterrupt:
             if ranks.first:
-                how = " without --overwrite" if options.overwrite else ""
+                from .state import FILE
+
+                how = " without --overwrite" if options.overwrite and (Path(options.output) / FILE).exists() else ""
                 print(f"vix linearize: interrupted, repeat the command{how} to continue in {options.output}", file=sys.stderr)
             return 130
         if ranks.first:
@@ -161,8 +163,8 @@ def _run(options: Any, ranks: Ranks) -> Report:
             progress=options.progress, **core_options,
         )  # fmt: skip
         if ranks.first:
-            classes = trained.classes or dataset.classes
-            data = {"classes": list(classes)} if len(classes) == trained.model.num_classes else {}
+            classes = _classes(trained, dataset, options)
+            data = {"classes": list(classes)} if classes else {}
             mean, std = (dataset.mean, dataset.std) if trained.mean is None else (trained.mean, trained.std)
             data |= {"mean": mean.flatten().tolist(), "std": std.flatten().tolist()}
             save_linearized(trained.host, folder, data=data, overwrite=True)
@@ -170,6 +172,23 @@ def _run(options: Any, ranks: Ranks) -> Report:
             report.draw(folder / "report.png")
             (folder / FILE).unlink(missing_ok=True)
     return report
+
+
+def _classes(trained: Trained, dataset: Dataset, options: Any) -> tuple[str, ...] | None:
+    """Return the names of the model's classes, or None if they are unknown.
+
+    Models of transformers and folders of images often have different names for the same classes. If no name is the same, and
+    the number of classes is, the names in the data set are returned, so that the result can be validated with it.
+    """
+    known, found = trained.classes, dataset.classes
+    if len(found) != trained.model.num_classes:
+        return known
+    if known and not (options.model and set(known).isdisjoint(found)):
+        return known
+    if known and known != found:
+        names = f"{', '.join(found[:3])}, ...) in place of those of the model ({', '.join(known[:3])}, ...)"
+        print(f"vix linearize: note: the result has the class names of {dataset.name} ({names}", file=sys.stderr)
+    return found
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:
@@ -181,6 +200,8 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
     from ..integrations.linearized import CONFIG, WEIGHTS
     from .state import FILE
 
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output: expected a folder, got {folder}, which is a file")
     found = {each.name for each in folder.iterdir() if not each.name.startswith(".")} if folder.is_dir() else set()
     if {CONFIG, WEIGHTS} <= found and FILE not in found and not overwrite:
         raise UserError(f"--output: expected a new folder, or --overwrite, got {folder}, which contains a converted model")
@@ -190,12 +211,17 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
 
 @contextmanager
 def _locked(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """Create and lock the folder, so that no second command writes to it. If it is empty in the end, remove it."""
+    """Create and lock the folder, so that no second command writes to it. Remove a new folder if it is empty in the end."""
     from ..training.lock import locked
 
     def acquire() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        held.callback(_remove_if_empty, folder)
+        is_new = not folder.exists()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output: cannot create {folder}: {error.strerror}") from error
+        if is_new:
+            held.callback(_remove_if_empty, folder)
         held.enter_context(locked(folder))
 
     with ExitStack() as held:

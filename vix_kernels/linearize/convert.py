@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,7 +97,7 @@ def linearize(
     check_arguments(
         model, eval_batches, steps, finetune_steps, eval_samples, seed, max_error, distill, finetune_lr, options
     )  # fmt: skip
-    start = time.perf_counter()
+    start, seed = time.perf_counter(), operator.index(seed)
     snapshot, training = Snapshot(model), {module: module.training for module in model.modules()}
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     teacher = copy.deepcopy(model).eval().requires_grad_(False) if finetune_steps else None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..integrations.speed import call, tensors
+from ..integrations.speed import LABELS, call, tensors
 from .batches import output_of
 
 WARMUP = 10  # steps
@@ -29,7 +29,8 @@ def distilled(distill: str) -> Callable[[nn.Module, Any], Tensor]:
     """
 
     def features(model: nn.Module, batch: Any) -> Tensor:
-        return model.forward_features(tensors(batch)[0].to(next(model.parameters()).device)).float()
+        inputs = {name: x for name, x in batch.items() if name not in LABELS} if isinstance(batch, Mapping) else batch
+        return model.forward_features(tensors(inputs)[0].to(next(model.parameters()).device)).float()
 
     return features if distill == "features" else lambda model, batch: output_of(call(model, batch)).float()
 

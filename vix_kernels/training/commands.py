@@ -93,7 +93,8 @@ def parse_train(parser: Parser, argv: list[str]) -> Config:
     Flags override a recipe, a recipe overrides a --config file, and the file overrides the settings of a resumed run or the
     defaults.
     """
-    first = parser.parse_args(argv, argparse.Namespace(epochs=None))  # first.epochs is None unless --epochs is given
+    # An attribute of `first` that is None here is still None unless the flag is given.
+    first = parser.parse_args(argv, argparse.Namespace(epochs=None, distill=None, distill_weight=None))
     settings = _read_settings(first.config) if first.config else {}
     if first.resume:
         from .checkpoint import load_checkpoint
@@ -101,7 +102,8 @@ def parse_train(parser: Parser, argv: list[str]) -> Config:
         checkpoint = load_checkpoint(first.resume)
         # These settings are not restored, because a run can be resumed on a different machine or in a different folder.
         changed = {"device", "backend", "output", "resume", "data_dir", "workers", "progress"}
-        saved = {name: value for name, value in checkpoint["config"].items() if name not in changed}
+        # Earlier versions accepted empty strings.
+        saved = {name: value for name, value in checkpoint["config"].items() if name not in changed and value != ""}
         # A damaged checkpoint may contain values of the wrong type.
         numbers = {name: value for name, value in saved.items() if isinstance(value, (int, float))}
         if (first.epochs or "epochs" in settings) and is_reached(numbers.get("time_to"), checkpoint["history"]):
@@ -113,6 +115,9 @@ def parse_train(parser: Parser, argv: list[str]) -> Config:
     parser.set_defaults(**(RECIPES[named] if named in RECIPES else {}) | settings | RECIPES.get(first.recipe, {}))
     values = vars(parser.parse_args(argv))
     del values["config"]
+    for name in ("distill", "distill_weight"):
+        if values["teacher"] is None and (value := getattr(first, name)) is not None:
+            raise UserError(f"--{name.replace('_', '-')}: expected with --teacher PATH, got {value} without")
     return Config(**values)
 
 
@@ -127,7 +132,8 @@ def _read_settings(path: str) -> dict[str, Any]:
         raise UserError(f"--config: {path}: expected settings as in args.yaml, got {settings!r}")
     if unknown := settings.keys() - {each.name for each in fields(Config)}:
         raise UserError(f"--config: {path}: expected settings as in args.yaml, got {', '.join(map(str, unknown))}")
-    return {name: value for name, value in settings.items() if name not in ("output", "resume")}  # these describe the old run
+    # The output and the run to resume describe the old run. Earlier versions accepted empty strings.
+    return {name: value for name, value in settings.items() if name not in ("output", "resume") and value != ""}
 
 
 def train_command(argv: list[str]) -> int:

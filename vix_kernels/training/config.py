@@ -237,9 +237,6 @@ class Config:
                 raise UserError(f"--{name}: expected --model timm:NAME, got {self.model}{other}")
         if self.pretrained and self.initial_checkpoint:
             raise UserError("--pretrained: cannot be combined with --initial-checkpoint, because both set the weights")
-        for name in ("distill", "distill_weight"):
-            if self.teacher is None and getattr(self, name) != getattr(type(self), name):
-                raise UserError(f"--{name.replace('_', '-')}: expected with --teacher PATH, got {getattr(self, name)} without")
         self._expect("min_lr", Bound(f"at most --lr {self.lr:g}", lambda x: x <= self.lr))
         self._expect("seed", Bound("less than 2**63", lambda x: x < 2**63))
         self._expect("grad_accum_steps", Bound(f"at most --batch-size {self.batch_size}", lambda x: x <= self.batch_size))

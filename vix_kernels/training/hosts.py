@@ -117,9 +117,11 @@ def create_host(spec: str, checkpoint: str | None, pretrained: bool, **arguments
     except (RuntimeError, ValueError, TypeError, AssertionError, OSError) as error:
         raise UserError(f"--model: cannot create {spec}: {' '.join(str(error).split())}") from error
     if state is not None:
-        if found := mismatch(model.state_dict(), state, lambda key: False, most=3):
-            raise UserError(f"--checkpoint: the weights in {checkpoint} do not fit {spec}; {found}")
-        model.load_state_dict(state)
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            found = mismatch(model.state_dict(), state, lambda key: False, most=3) or error
+            raise UserError(f"--checkpoint: the weights in {checkpoint} do not fit {spec}; {found}") from error
     cfg = model.pretrained_cfg
     known = pretrained or checkpoint is not None
     return model, {name: list(cfg[name]) for name in ("mean", "std") if known and name in cfg}
@@ -167,6 +169,8 @@ def _normalization(path: Path, channels: int) -> dict[str, list[float]]:
     if found == {"mean": None, "std": None}:
         return {}
     for name, values in found.items():
+        if isinstance(values, int | float):  # for all channels
+            found[name] = values = [values] * channels
         if not isinstance(values, list) or len(values) != channels or not all(isinstance(x, int | float) for x in values):
             raise UserError(f"--model: {path}: image_{name}: expected a number for each of {channels} channels, got {values!r}")
     return found

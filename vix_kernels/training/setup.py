@@ -208,9 +208,12 @@ def check_same_run(checkpoint: Checkpoint, config: Config, model_kwargs: dict[st
         if saved.get(name) != value:
             raise UserError(f"--resume: the checkpoint has {name} {saved.get(name)!r}, this run has {value!r}")
     for name in ("initial_checkpoint", "pretrained"):
-        value = getattr(config, name)
-        if value and value != saved.get(name):
-            raise UserError(f"--{name.replace('_', '-')}: cannot be combined with --resume, because both set the weights")
+        value, before = getattr(config, name), saved.get(name)
+        is_path = name == "initial_checkpoint" and value and before
+        same = os.path.realpath(value) == os.path.realpath(before) if is_path else value == before
+        if value and not same:
+            got = f"expected {before} as in the run, or none with --resume" if before else "expected none with --resume"
+            raise UserError(f"--{name.replace('_', '-')}: {got}, got {value}")
     shape = list(source.shape)
     if (saved_shape := checkpoint["data"].get("shape", shape)) != shape:
         raise UserError(f"--resume: the checkpoint has images of shape {saved_shape}, this run has {shape}: set --img-size")
