@@ -114,9 +114,8 @@ def test_a_measurement_does_not_change_the_model(host: str, op: str) -> None:
     assert speed is report.speed and report.tokens == dict.fromkeys(names, tokens)
     assert speed.softmax > 0 and speed.replaced > 0 and speed.ratio == speed.replaced / speed.softmax
     for layer in speed.layers.values():
-        assert (
-            layer.tokens == tokens and 0 < layer.softmax < 5 * speed.softmax and layer.ratio == layer.replaced / layer.softmax
-        )
+        assert layer.tokens == tokens and layer.ratio == layer.replaced / layer.softmax
+        assert 0 < layer.softmax < 100 * speed.softmax  # loose, because other programs may interrupt so short a measurement
     assert f"the model takes {speed.ratio:.2f} times as long as with softmax attention at {tokens} tokens" in str(report)
     assert len(str(speed).splitlines()) == 4 + bool(speed.note)
 
