@@ -119,7 +119,10 @@ def write_together(files: Mapping[Path, Callable[[Path], None]]) -> None:
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
     try:
         for path, write in files.items():
+            temporary[path].touch()
+            mode = temporary[path].stat().st_mode
             write(temporary[path])
+            temporary[path].chmod(mode)  # safetensors creates files that only their owner can read
             with open(temporary[path], "rb+") as file:
                 os.fsync(file.fileno())
         for path in files:

@@ -212,6 +212,7 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
 @contextmanager
 def _locked(folder: Path, ranks: Ranks) -> Iterator[None]:
     """Create and lock the folder, so that no second command writes to it. Remove a new folder if it is empty in the end."""
+    from ..training.checkpoint import remove_leftovers
     from ..training.lock import locked
 
     def acquire() -> None:
@@ -223,6 +224,7 @@ def _locked(folder: Path, ranks: Ranks) -> Iterator[None]:
         if is_new:
             held.callback(_remove_if_empty, folder)
         held.enter_context(locked(folder))
+        remove_leftovers(folder)
 
     with ExitStack() as held:
         ranks.decided(acquire)

@@ -59,7 +59,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, ranks: Ranks, sharded: b
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files of runs that were killed while writing to `folder`."""
     for file in folder.glob(".*.tmp"):
-        if re.fullmatch(r"\..+\.(pt|csv|yaml|png)\.\d+\.tmp", file.name):
+        if re.fullmatch(r"\..+\.(pt|csv|yaml|png|json|safetensors)\.\d+\.tmp", file.name):
             file.unlink()
 
 
