@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
@@ -184,25 +185,33 @@ def test_tables_of_operators_and_models(heading: str, name: str) -> None:
     ]
 
 
-def test_table_of_conversions() -> None:
-    """Test that docs/linearize.md has the results of the study at 257 tokens, each without and with exact rows."""
-    (path,) = (RESULTS / "linearize").glob("*/linearize.csv")
-    study = rows(path)
-    cells = []
+def conversions(path: Path, digits: dict[str, str]) -> list[list[str]]:
+    """Return the cells of a table of conversions: means over the seeds, without and with exact rows."""
+    study, cells = rows(path), []
     for method in dict.fromkeys(name for name, *_ in METHODS):
         chosen = [row for row in study if row["method"] == method]
         for slots in sorted({int(row["slots"]) for row in chosen}):
-            pair = [row for row in chosen if int(row["slots"]) == slots]
-            assert [row["exact"] for row in pair] == ["False", "True"]
-            digits = {"agreement": ".1f", "accuracy": ".1f", "kl": ".2g"}
-            values = [" / ".join(format(float(row[name]), kind) for row in pair) for name, kind in digits.items()]
+            values = [
+                " / ".join(
+                    format(mean(float(x[name]) for x in chosen if (int(x["slots"]), x["exact"]) == (slots, exact)), kind)
+                    for exact in ("False", "True")
+                )
+                for name, kind in digits.items()
+            ]
             cells.append([method, str(slots), *values])
-    assert table(DOCS / "linearize.md", "At 257 tokens") == cells
+    return cells
+
+
+def test_tables_of_conversions() -> None:
+    (path,) = (RESULTS / "linearize").glob("*/linearize.csv")
+    page, digits = DOCS / "linearize.md", {"agreement": ".1f", "accuracy": ".1f", "kl": ".2g"}
+    assert table(page, "At 257 tokens") == conversions(path, digits)
+    assert table(page, "At 65 tokens") == conversions(path.with_name("class-token.csv"), digits | {"seconds": ".0f"})
     times: dict[tuple[str, str], list[str]] = {}
     for row in rows(path.with_name("linearize-time.csv")):
         times.setdefault((row["method"], row["slots"]), []).append(f"{float(row['ratio']):.2f}")
     expected = [[method, slots.replace("0", ""), *ratios] for (method, slots), ratios in times.items() if method != "softmax"]
-    assert table(DOCS / "linearize.md", "Time per image") == expected
+    assert table(page, "Time per image") == expected
 
 
 def test_table_of_training() -> None:
