@@ -23,8 +23,8 @@ COPIES = tl.constexpr(16)  # the smallest inner dimension of matrix instructions
 def apply_map(logits, ELU: tl.constexpr, PROJECTED: tl.constexpr):
     """Return the features and the derivatives of the feature map: elu + 1 if ELU, otherwise relu.
 
-    The feature of a NaN logit is NaN. For elu, the features and the derivatives share one exponential. If PROJECTED is also
-    set, load_operands has multiplied the slots by log2 e, so the logits contain this factor.
+    The feature of a NaN logit is NaN. For elu, the features and the derivatives are computed from the same exponential. If
+    PROJECTED is also set, load_operands has multiplied the slots by log2 e, so the logits contain this factor.
     """
     if ELU:
         slopes = tl.minimum(logits, 0.0, propagate_nan=tl.PropagateNan.ALL)

@@ -214,7 +214,7 @@ def _restore(model: nn.Module, config: dict[str, Any], state: Mapping[str, Tenso
     """Replace the attention of a new model, and load its weights. `cast`: whether to adopt the dtypes of the weights."""
     for name, layer in config["layers"].items():
         _put(model, name, layer, path)
-    if config.get("structure") not in (_structure(model), _earlier_structure(model)):
+    if (saved := config.get("structure")) != _structure(model) and saved != _earlier_structure(model):
         raise ValueError(f"model: expected the architecture that {path} describes, got another one")
     if cast:
         for name, value in (*model.named_parameters(), *model.named_buffers()):
@@ -315,7 +315,7 @@ def _describe_host(model: nn.Module) -> dict[str, Any]:
         arguments |= getattr(model, "vix_arguments", {})  # set for models that `vix train` created
         return host | {
             "name": getattr(model, "pretrained_cfg", {}).get("architecture"),
-            "arguments": {name: _number(x) for name, x in arguments.items() if _is_argument(name, _number(x))},
+            "arguments": {name: value for name, x in arguments.items() if _is_argument(name, value := _number(x))},
         }
     return host
 

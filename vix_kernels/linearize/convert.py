@@ -108,10 +108,11 @@ def linearize(
     with torch.inference_mode(False), connected() as ranks:
         try:
             with torch.no_grad():
+                weights = 0 if output is None else weights_checksum(model)  # only checkpoints need it
                 conversion = Conversion(model, batches, op, layers, options, ranks, seed, max_error, snapshot)
                 conversion.draw(eval_batches or batches, eval_samples)
                 settings = conversion.settings(
-                    steps=steps, finetune_steps=finetune_steps, distill=distill, finetune_lr=finetune_lr
+                    steps=steps, finetune_steps=finetune_steps, distill=distill, finetune_lr=finetune_lr, model=weights
                 )
                 saved = Progress.open(output, settings, ranks, overwrite)
                 conversion.prepare(saved)
@@ -148,7 +149,6 @@ class Conversion:
         self.max_error, self.snapshot = max_error, snapshot
         self.first = next(endless(batches, ranks.world))
         check_same("batches", [self.first], ranks)
-        self.weights = weights_checksum(model)
         before = [name for name, holder in holders(model).items() if isinstance(holder, DropIn)]
         replaced = replace_attention(model, op, layers=layers, retrain=True, **options)
         for name in before:
@@ -189,7 +189,7 @@ class Conversion:
         """Return the settings that decide whether a call can continue an interrupted conversion (see `Progress.open`)."""
         return given | dict(
             op=self.op, options=repr(sorted(self.options.items())), seed=self.seed, layers=[each.name for each in self.layers],
-            max_error=self.max_error, model=self.weights, eval_batches=checksum(self.eval_batches),
+            max_error=self.max_error, eval_batches=checksum(self.eval_batches),
         )  # fmt: skip
 
     def draw(self, eval_batches: Batches, eval_samples: int) -> None:
