@@ -63,7 +63,7 @@ def test_an_interrupted_command_continues(
     error = refused([*command, "--images", "48"], capsys)
     assert "batches: expected the same batches as before the interruption, got others" in error
     assert main(command) == 0
-    assert (out / "model.safetensors").read_bytes() == expected and not (out / state.FILE).exists()
+    assert (out / "model.safetensors").read_bytes() == expected and not (out / state.PROGRESS).exists()
     assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # all can be read by the same users
     (out / ".linearize.pt.1.tmp").write_text("")  # from a process that was killed
     assert interrupt(monkeypatch, [*command, "--overwrite"], after=1) == 130  # before the first checkpoint

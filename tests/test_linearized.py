@@ -19,7 +19,7 @@ from vix_kernels.integrations import linearized
 from vix_kernels.integrations.linearized import check_folder, reason_against_creating
 from vix_kernels.integrations.swap import replace_attention
 from vix_kernels.linearize import load_linearized, save_linearized
-from vix_kernels.models import save_model
+from vix_kernels.models import create_model, save_model
 from vix_kernels.training.hosts import make_model
 
 timm = pytest.importorskip("timm")
@@ -176,6 +176,20 @@ def test_an_interrupted_call_can_be_repeated(tmp_path: Path, monkeypatch: pytest
         assert len(list(folder.iterdir())) == last
         save_linearized(model, folder)
         load_linearized(folder, layer())
+
+
+def test_a_pruned_model_is_saved_and_loaded_into_another(tmp_path: Path) -> None:
+    """A pruned model has no config, so that it cannot be created from a folder."""
+
+    def pruned() -> nn.Module:
+        model = create_model("vit_tiny", img_size=32, patch_size=8, num_classes=3)
+        model.prune_intermediate_layers([1])
+        return model.eval()
+
+    model, x = replaced(pruned()), torch.randn(2, 3, 32, 32)
+    with pytest.warns(UserWarning, match="cannot create one: .*expected the name of a known model, got None"):
+        save_linearized(model, tmp_path)
+    assert torch.equal(load_linearized(tmp_path, pruned())(x), model(x))
 
 
 def test_a_folder_with_an_unfinished_conversion_is_accepted(tmp_path: Path) -> None:

@@ -303,7 +303,8 @@ def _describe_host(model: nn.Module) -> dict[str, Any]:
     library = host_of(model)
     host: dict[str, Any] = {"library": library, "class": type(model).__name__}
     if library == "vix_kernels":
-        return host | {"name": model.config["name"], "arguments": model.config["arguments"]}
+        config = getattr(model, "config", {})  # pruned models have none
+        return host | {key: config[key] for key in ("name", "arguments") if key in config}
     if library == "transformers":
         return host | {"config": model.config.to_diff_dict()}
     if library == "timm":

@@ -120,9 +120,9 @@ def linearize_command(argv: list[str]) -> int:
             return 2
         except KeyboardInterrupt:
             if ranks.first:
-                from .state import FILE
+                from ..integrations.linearized import PROGRESS
 
-                how = " without --overwrite" if options.overwrite and (Path(options.output) / FILE).exists() else ""
+                how = " without --overwrite" if options.overwrite and (Path(options.output) / PROGRESS).exists() else ""
                 print(f"vix linearize: interrupted, repeat the command{how} to continue in {options.output}", file=sys.stderr)
             return 130
         if ranks.first:
@@ -132,11 +132,10 @@ def linearize_command(argv: list[str]) -> int:
 
 
 def _run(options: Any, ranks: Ranks) -> Report:
-    from ..integrations.linearized import save_linearized
+    from ..integrations.linearized import PROGRESS, save_linearized
     from ..training.setup import device_of
     from ..training.trained import load_host, load_trained
     from .convert import linearize
-    from .state import FILE
 
     folder = Path(options.output)
     _check_folder(folder, options.overwrite)
@@ -170,7 +169,7 @@ def _run(options: Any, ranks: Ranks) -> Report:
             save_linearized(trained.host, folder, data=data, overwrite=True)
             (folder / "report.txt").write_text(f"{report}\n")
             report.draw(folder / "report.png")
-            (folder / FILE).unlink(missing_ok=True)
+            (folder / PROGRESS).unlink(missing_ok=True)
     return report
 
 
@@ -197,15 +196,14 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
     If `overwrite` is False, also refuse a folder with a converted model. A folder with linearize.pt, the checkpoint of a
     conversion, is always accepted.
     """
-    from ..integrations.linearized import CONFIG, WEIGHTS
-    from .state import FILE
+    from ..integrations.linearized import CONFIG, PROGRESS, WEIGHTS
 
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output: expected a folder, got {folder}, which is a file")
     found = {each.name for each in folder.iterdir() if not each.name.startswith(".")} if folder.is_dir() else set()
-    if {CONFIG, WEIGHTS} <= found and FILE not in found and not overwrite:
+    if {CONFIG, WEIGHTS} <= found and PROGRESS not in found and not overwrite:
         raise UserError(f"--output: expected a new folder, or --overwrite, got {folder}, which contains a converted model")
-    if found and not found & {CONFIG, FILE}:
+    if found and not found & {CONFIG, PROGRESS}:
         raise UserError(f"--output: expected a new folder, got {folder}, which contains other files")
 
 

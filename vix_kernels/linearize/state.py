@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..commands import write_atomically
-from ..integrations.linearized import CONFIG
-from ..integrations.linearized import PROGRESS as FILE
+from ..integrations.linearized import CONFIG, PROGRESS
 from ..training.checkpoint import write
 from ..training.parallel import Ranks
 from .batches import checksum
@@ -27,7 +26,7 @@ class Progress:
     """The state of a conversion, saved so that an interrupted conversion can continue. Without a folder, nothing is saved."""
 
     def __init__(self, folder: Path | None, settings: dict[str, Any], ranks: Ranks) -> None:
-        self.path = folder and folder / FILE
+        self.path = folder and folder / PROGRESS
         self.settings, self.ranks = settings, ranks
         self.saved: dict[str, Any] = {}
         self.batches = 0  # checksum of the batches of this stage
