@@ -370,6 +370,7 @@ def test_rows_of_a_changed_kernel_are_outdated(monkeypatch):
     functions = {name: [*words] for name, words in sources.device_code().items()}
     assert '"""' not in "".join(functions["broadcast_slots_kernel"])
     assert "LN2" in functions and "LN2" in functions["broadcast_slots_kernel"]
+    assert "9" in functions["BACKWARD"]  # assigned together with FORWARD
     functions["exps_at_most_one"].append("pass")  # the kernel calls this function through another function
     monkeypatch.setattr(sources, "device_code", lambda: functions)
     sources.hash_of.cache_clear()

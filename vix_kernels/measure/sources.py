@@ -68,8 +68,9 @@ def device_code() -> dict[str, list[str]]:
     for path in sorted(Path(launch_table.__file__).parent.glob("*.py")):
         lines = path.read_text().splitlines(keepends=True)
         for node in ast.parse("".join(lines)).body:
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                found[node.targets[0].id] += words(lines[node.lineno - 1 : node.end_lineno])
+            if isinstance(node, ast.Assign):
+                for target in getattr(node.targets[0], "elts", node.targets):  # A, B = 1, 2 has several targets
+                    found[ast.unparse(target)] += words(lines[node.lineno - 1 : node.end_lineno])
             elif isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(each) for each in node.decorator_list):
                 first = node.decorator_list[0].lineno - 1
                 found[node.name] += words(lines[first : node.end_lineno], ast.get_docstring(node, clean=False))
