@@ -39,7 +39,7 @@ traffic: $(READY)  ## count the bytes that the kernels read and write; one opera
 quality: $(READY)  ## measure and plot how much each attention differs from softmax attention; writes docs/quality.png
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.quality --output docs/quality.png $(ARGS)
 
-# DATA is a data set of vix train, such as a pack of CIFAR-10 images. The teacher is trained with 65 tokens, and then with 257
+# DATA is a dataset of vix train, such as a pack of CIFAR-10 images. The teacher is trained with 65 tokens, and then with 257
 # tokens on 10,000 enlarged images. In all, this takes two hours on one CPU core.
 DATA ?= cifar10
 STUDY := runs/linearize
@@ -49,7 +49,7 @@ teacher = test -f $(STUDY)/$(1)/finished || { \
 	else $(BIN)/vix train --model hybrid_vit --model-kwargs patch_size=4 depth=6 --opt muon $(2) --output $(STUDY)/$(1); fi && \
 	touch $(STUDY)/$(1)/finished; }
 linearize: export OMP_NUM_THREADS := 1
-linearize: $(READY)  ## train a softmax model, convert it with several attentions, and compare: make linearize DATA=PACK
+linearize: $(READY)  ## train a softmax model, convert it to several attention methods, and compare: make linearize DATA=PACK
 	$(call teacher,teacher-65,--dataset $(DATA) --epochs 7 --batch-size 128 --lr 4e-3 --warmup-epochs 1)
 	test -d $(STUDY)/images || $(BIN)/python -m bench.image_folder --dataset $(DATA) --output $(STUDY)/images \
 		--train 10000 --test 3000

@@ -1,16 +1,16 @@
-"""Measure how many tokens each attention needs to be faster than softmax attention.
+"""Measure the number of tokens at and above which each attention method is faster than softmax attention.
 
     python -m bench.break_even --output DIR              times on one CPU thread
     python -m bench.break_even --predict --output DIR    predictions for the H100, from machine code
 
-Each attention has the default options of the integrations. Linformer and Fourier mixing cannot replace softmax attention in
+Each method has the default options of the integrations. Linformer and Fourier mixing cannot replace softmax attention in
 models of other libraries, so they have the default options of this library's modules. The baseline is PyTorch's
-scaled_dot_product_attention on the same q, k and v. Only the attention is measured, without its linear layers. On a CPU, the
-attentions take turns, and each ratio compares two CPU times from the same round. --predict needs no GPU: as in
-`vix dev roofline OP --shape`, the time of each launch is computed from its machine code and published peak rates. For a kernel
-of PyTorch, only the time between two launches is counted. Softmax attention is predicted in the same way, from the kernel in
-vix_kernels/measure/flash.py. This kernel has no backward, so only the forward is predicted. --write updates the table in
-vix_kernels/measure/break_even.csv.
+scaled_dot_product_attention on the same q, k and v. Only the attention function is measured, without linear layers. On a CPU,
+the methods take turns, and each ratio compares two CPU times from the same round. --predict needs no GPU: as in
+`vix dev roofline OP --shape`, the time of each launch is computed from its machine code and published peak rates. A PyTorch
+kernel counts only as a fixed launch time. Softmax attention is predicted in the same way, from the kernel in
+vix_kernels/measure/flash.py. This kernel has no backward pass, so only forward passes are predicted. --write updates the table
+in vix_kernels/measure/break_even.csv.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Row = dict[str, Any]
 
 
 def calls(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Iterator[tuple[str, Callable[..., Tensor], list[Tensor]]]:
-    """Yield the name, the function and the input tensors of each attention."""
+    """Yield the name, the function and the input tensors of each attention method."""
     heads, tokens, width = q.shape[1:]
     yield "softmax", scaled_dot_product_attention, [q, k, v]
     for op in OPS:
@@ -58,7 +58,7 @@ def calls(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Iterator[tu
 
 
 def measure(width: int, tokens: int, rounds: int) -> Iterator[Row]:
-    """Yield a row for each attention and direction. With at most 512 tokens, each sample is the time of several calls."""
+    """Yield a row for each method and direction. With at most 512 tokens, each sample is the time of several calls."""
     repeats = max(1, 1024 // tokens)
 
     def forward(function: Callable[..., Tensor], leaves: list[Tensor]) -> None:
@@ -85,10 +85,10 @@ def measure(width: int, tokens: int, rounds: int) -> Iterator[Row]:
 
 
 def predict(width: int, tokens: int, gpu: Device) -> Iterator[Row]:
-    """Yield a row for each attention with the predicted time of its forward in bfloat16.
+    """Yield a row for each method, with the predicted time of its forward pass in bfloat16.
 
-    An attention that launches no kernel of this library has no row: on long inputs, Fourier mixing uses torch.fft, whose time
-    is not predicted.
+    A method that launches no kernel of this library has no row: on long inputs, Fourier mixing uses torch.fft, whose time is
+    not predicted.
     """
     from vix_kernels.measure.flash import flash_forward
     from vix_kernels.measure.launch_times import committed, predict, row_of
@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def table(rows: list[Row]) -> list[BreakEven]:
-    """Return the break-even length of each attention, direction and width."""
+    """Return the break-even length of each method, direction and width."""
     found = []
     for op, direction, width in dict.fromkeys((row["op"], row["direction"], int(row["width"])) for row in rows):
         if op == "softmax":

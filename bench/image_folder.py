@@ -1,8 +1,8 @@
-"""Write a random part of a data set to a folder of PNG files, on which `make linearize` trains its second teacher.
+"""Write a random subset of a dataset to a folder of PNG files. `make linearize` trains a teacher on these images.
 
     python -m bench.image_folder --dataset cifar10 --output DIR --train 10000 --test 3000
 
-The choice is random because data sets may be sorted by class. The script needs the extra `train`.
+The subset is random because datasets may be sorted by class. The script needs the extra `train`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ def write_images(dataset: Dataset, output: Path, train: int, test: int, seed: in
     """Write `train` random training images to output/train/CLASS, and `test` random test images to output/val/CLASS.
 
     Raises:
-        ValueError: the data set has fewer images than requested, or `output` exists.
+        ValueError: the dataset has fewer images than requested, or `output` exists.
     """
     for name, wanted, images in (("train", train, dataset.train), ("test", test, dataset.test)):
         if wanted > len(images):
-            raise ValueError(f"--{name}: expected at most the {len(images):,} images of the data set, got {wanted:,}")
+            raise ValueError(f"--{name}: expected at most the {len(images):,} images of the dataset, got {wanted:,}")
     if output.exists():
         raise ValueError(f"--output: expected a new folder, got {output}, which exists")
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
@@ -55,7 +55,7 @@ def write_part(dataset: Dataset, images: Images, order: Tensor, folder: Path) ->
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser.of("bench.image_folder", __doc__)
-    parser.add_argument("--dataset", required=True, help="name or path of a data set, as in `vix train`")
+    parser.add_argument("--dataset", required=True, help="name or path of a dataset, as in `vix train`")
     parser.add_argument("--output", type=Path, required=True, help="folder to write, which must not exist")
     parser.add_argument("--train", type=within(1, 2**31), required=True, metavar="N", help="number of training images")
     parser.add_argument("--test", type=within(1, 2**31), required=True, metavar="N", help="number of test images")

@@ -1,12 +1,11 @@
-"""Measure the speedup of the integrations: compare a host library's attention or model with a version that uses vix_kernels.
+"""Measure the speedup of the integrations: compare a module of a host library, such as timm, with its replacement.
 
     python -m bench.integrations --output DIR
 
 Times are CPU times of one thread. Calls to the host library's module and to this library's module alternate. Each integration
 is measured in several new processes. In a process that has already measured other integrations, the ratios would be different,
-because the memory allocator keeps memory from earlier calls, and this memory changes the cost of large buffers. Before anything
-is timed, the outputs of both modules are compared. They must match, except for timm, where Nystrom attention approximates
-softmax attention.
+because memory that the allocator keeps from earlier calls changes the cost of large buffers. Before anything is timed, the
+outputs of both modules are compared. They must match, except for timm, where Nystrom attention approximates softmax attention.
 """
 
 from __future__ import annotations
@@ -137,7 +136,7 @@ def measured(name: str, rounds: int) -> tuple[float, dict[str, Times]]:
 
 
 def summary(name: str, runs: list[tuple[float, dict[str, Times]]]) -> dict[str, Any]:
-    """Return medians over the rounds of all processes, and the range of the ratios. A ratio compares two times of one round."""
+    """Return the medians and the range of the ratios over the rounds of all processes. A ratio compares times of one round."""
     row: dict[str, Any] = dict(integration=name, what=INTEGRATIONS[name][1], relative_error=max(error for error, _ in runs))
     for direction in ("forward", "full"):
         ours, host = (

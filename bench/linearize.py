@@ -1,11 +1,11 @@
-"""Convert a trained softmax model to each of several attentions, and compare the accuracies: `make linearize`.
+"""Convert a trained softmax model to several attention methods, and compare the accuracies: `make linearize`.
 
-The teacher is a run of `vix train` on a data set with labels. The script converts the teacher with every attention and every
-number of features or landmarks, with and without exact rows (softmax attention for the class token), and for every seed.
-Conversions to Nystrom attention use only the first seed. The script evaluates each converted model once on all held-out images.
-A row contains the agreement with the teacher, the accuracy, the mean Kullback-Leibler divergence, and the duration of the
-conversion in seconds. The first row is the teacher. The script writes linearize.csv after every conversion, continues an
-interrupted run, and draws linearize.png, with the times of bench/linearize_time.py if they are in the same folder.
+The teacher is a run of `vix train` on a dataset with labels. The script converts the teacher to every method with every number
+of features or landmarks, with and without exact softmax attention for the class token, and with every seed. Conversions to
+Nystrom attention use only the first seed. The script evaluates each converted model once on all held-out images. A row contains
+the agreement with the teacher, the accuracy, the mean Kullback-Leibler divergence, and the duration of the conversion in
+seconds. The first row is the teacher. The script writes linearize.csv after every conversion, continues an interrupted run, and
+draws linearize.png, with the times of bench/linearize_time.py if they are in the same folder.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from vix_kernels.training.trained import Trained, load_trained
 FILE = "linearize.csv"
 SEEDS = (0, 1, 2)
 BATCH, IMAGES = 16, 512
-# Name, op, options, numbers of features or landmarks, and whether all weights are then trained to reproduce the teacher
+# Name, op, options, numbers of features or landmarks, and whether all weights are then trained to match the teacher
 METHODS: tuple[tuple[str, str, dict[str, Any], tuple[int, ...], bool], ...] = (
     ("random features", "performer", {}, (16, 32, 64, 128), False),
     ("learned features", "feature", {}, (16, 32, 64, 128), False),
@@ -47,7 +47,7 @@ SHOWN = 6  # the largest loss of accuracy that the figure shows, in percentage p
 def main(argv: list[str] | None = None) -> None:
     parser = Parser.of("bench.linearize", __doc__)
     parser.add_argument("--teacher", required=True, help="folder of a run of vix train with softmax attention")
-    parser.add_argument("--dataset", help="default: the data set of the run")
+    parser.add_argument("--dataset", help="default: the dataset of the run")
     parser.add_argument("--output", type=Path, required=True, help=f"folder for {FILE} and linearize.png")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--steps", type=int, default=400, help="steps of the conversion and of distillation")
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def jobs(methods: list[str] | None, counts: list[int] | None) -> list[tuple[str, str, dict[str, Any], int, bool]]:
-    """Return the chosen conversions, fast ones first: sorted by whether they use distillation, then by number of slots."""
+    """Return the chosen conversions, sorted by whether they use distillation, then by number of features or landmarks."""
     found = [
         (method, op, settings, slots, distilled)
         for method, op, settings, known, distilled in METHODS
@@ -144,7 +144,7 @@ def compare(scores: Tensor, expected: Tensor, dataset: Dataset) -> dict[str, flo
 
 
 def draw(output: Path, rows: list[dict[str, Any]]) -> None:
-    """Draw disagreement and accuracy (means over the seeds) against the number of slots, and the times if there are any."""
+    """Plot disagreement and accuracy (means over seeds) against the number of features or landmarks, and times if measured."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -199,7 +199,7 @@ def draw(output: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def draw_times(axes: Any, times: list[dict[str, Any]], colors: dict[str, str]) -> None:
-    """Draw the time per image against the number of tokens. In converted models, class tokens attend by exact softmax."""
+    """Plot the time per image against the number of tokens. In converted models, class tokens use exact softmax attention."""
     for method, slots in dict.fromkeys((row["method"], row["slots"]) for row in times):
         chosen = [row for row in times if (row["method"], row["slots"]) == (method, slots)]
         tokens, values = ([float(row[name]) for row in chosen] for name in ("tokens", "ms"))

@@ -3,9 +3,9 @@
     python -m bench.linearize_time --output DIR
     python -m bench.linearize_time --output DIR --timm vit_tiny_patch16_224 --sides 32 64
 
-The models are hybrid_vit as in `make linearize`, or a vision transformer of timm. They have random weights, because the time
+The model is hybrid_vit as in `make linearize`, or a timm vision transformer. All models have random weights, because the time
 does not depend on the weights. The batch size is 1. The models take turns, and a row of linearize-time.csv (NAME-time.csv for a
-model of timm) has the median over the rounds. Times are CPU times of one thread. "no attention" is the same model with its
+timm model) has the median over the rounds. Times are CPU times of one thread. "no attention" is the same model with its
 attention layers replaced by the identity.
 """
 
@@ -30,13 +30,13 @@ FILE = "linearize-time.csv"
 PATCH = 4
 SIDES = (16, 24, 32, 48, 64)  # tokens per side of the image: 257 to 4,097 tokens with the class token
 COUNTS = (16, 64)
-# Name, op, and name of the option that sets the number of slots
+# Name, op, and the option that sets the number of features or landmarks
 METHODS = (
     ("random features", "performer", "num_features"),
     ("learned features", "feature", "num_features"),
     ("Nystrom, grid", "nystrom", "num_landmarks"),
 )
-Key = tuple[str, int]  # the method and its number of slots
+Key = tuple[str, int]  # the method and its number of features or landmarks
 
 
 class NoAttention(nn.Module):
@@ -59,7 +59,7 @@ def timm_vit(name: str, side: int) -> tuple[nn.Module, int]:
 
 
 def models(model: Callable[[], nn.Module]) -> Iterator[tuple[Key, nn.Module]]:
-    """Yield the model that is returned by `model`, and its conversions. Class tokens attend by exact softmax."""
+    """Yield the softmax model that `model` returns, and its conversions. Class tokens use exact softmax attention."""
     yield ("softmax", 0), model()
     for name, op, option in METHODS:
         for count in COUNTS:
@@ -90,7 +90,7 @@ def measured(build: Callable[[int], tuple[nn.Module, int]], side: int, rounds: i
 def main(argv: list[str] | None = None) -> int:
     parser = Parser.of("bench.linearize_time", __doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for the table")
-    parser.add_argument("--timm", metavar="NAME", help="a vision transformer of timm (default: hybrid_vit)")
+    parser.add_argument("--timm", metavar="NAME", help="a timm vision transformer (default: hybrid_vit)")
     parser.add_argument("--sides", type=within(8, 256), nargs="+", default=SIDES, help="tokens per side of the image")
     parser.add_argument("--depth", type=within(1, 48), default=6, help="layers of hybrid_vit (default: %(default)s)")
     parser.add_argument("--rounds", type=within(1, 1000), default=9, help="calls of each model (default: %(default)s)")

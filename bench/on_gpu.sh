@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Collect all GPU measurements of this checkout in the folder OUT. Usage: bench/on_gpu.sh OUT; for the options, see --help.
-# The script needs python3 with torch, Triton, NumPy and einops, but no network, and no installation of this library. Set PYTHON
+# Collect all GPU measurements of this checkout in the folder OUT. Usage: bench/on_gpu.sh OUT. For the options, see --help.
+# The script needs python3 with torch, Triton, NumPy and einops, but no network and no installation of this library. Set PYTHON
 # to use a different interpreter.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -1,8 +1,8 @@
 """Plugin for `pytest --benchmark` that makes pytest-benchmark report device time.
 
 The statistics, JSON files and comparisons of pytest-benchmark then contain device times, or CPU times if there is no GPU. The
-first test for an operator and a number of tokens checks and measures all providers, as described in
-vix_kernels/measure/operators.py. Each test then replays the times of its provider to pytest-benchmark.
+first test for an operator and a number of tokens checks and measures all providers (implementations of the operator), as
+described in vix_kernels/measure/operators.py. Each test then replays the times of its provider to pytest-benchmark.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ CLOCK = Recorded()
 def contenders(op: str, config: pytest.Config) -> list[str]:
     """Return the providers to measure. Compiled PyTorch is measured only with --compiled.
 
-    SDPA takes the same time for all attentions, so it is measured only for the first one.
+    SDPA takes the same time for all attention operators, so it is measured only for the first one.
     """
     skipped = {"compiled"} if not config.getoption("--compiled") else set()
     if op != next(name for name in public() if SPECS[name].attends):

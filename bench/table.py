@@ -1,8 +1,7 @@
 """Print the results of `pytest --benchmark` or `vix bench --models` as a table of ratios to the peers or original models.
 
 Peers are other packages, or plain PyTorch for operators without such a package. A ratio is the value of this library divided by
-that of the peer or original. A budget is an upper limit that a ratio should not exceed. Ratios above their budget are marked as
-missed.
+that of the peer or original. A target is an upper limit for a ratio. Ratios above their target are marked as missed.
 
 examples:
   pytest --benchmark --benchmark-json run.json
@@ -28,7 +27,7 @@ Row = dict[str, Any]
 
 
 class Budget(NamedTuple):
-    """Upper limits for the value of this library divided by that of the peer. A limit is None if there is no target.
+    """Targets for the value of this library divided by that of the peer. None means that there is no target.
 
     `forward` limits the time of the forward pass, `full` the time of the forward and backward passes together, and `kept` the
     memory kept for the backward pass.
@@ -39,7 +38,7 @@ class Budget(NamedTuple):
     kept: float | None = None
 
 
-# The budgets apply to one CPU thread, float32, batch 2, 4 heads, width 64, 256 features or slots, 64 landmarks and 33 taps.
+# The targets apply to one CPU thread, float32, batch 2, 4 heads, width 64, 256 features or slots, 64 landmarks and 33 taps.
 BUDGETS = {
     ("performer_attention", 1024): Budget(0.4, 0.6, 0.1),
     ("performer_attention", 4096): Budget(0.22, 0.33, 0.1),
@@ -63,7 +62,7 @@ def ratio(ours: Sequence[float], peers: Sequence[float]) -> float:
 
 
 def peer(op: str) -> str:
-    """Return the peer with which the budgets compare `op`: the first in PEERS, or the reference if `op` has no entry there."""
+    """Return the peer of `op` in the table: the first in PEERS, or "reference" (plain PyTorch) if `op` has no entry there."""
     return next(iter(PEERS.get(op, ())), "reference")
 
 
@@ -105,7 +104,7 @@ def _against(ours: Row | None, name: str, found: dict[tuple, Row], budget: float
     if ours is None:
         return "no result"
     value = ours["ours_over_others"].get(name)
-    if value is None and name == "sdpa" and SPECS[ours["op"]].attends:  # SDPA is measured only with the first attention op
+    if value is None and name == "sdpa" and SPECS[ours["op"]].attends:  # SDPA is only measured for one operator
         key = ours["tokens"], ours["direction"], "sdpa"
         other = next((row for (_, *rest), row in found.items() if tuple(rest) == key), None)
         value = ours["device_ms"] / other["device_ms"] if other else None
@@ -128,7 +127,7 @@ MODEL_COLUMNS = (
 
 
 def model_budget(name: str) -> Budget:
-    """Return the budget for the time of a training step in float32 and for the memory kept for its backward pass."""
+    """Return the targets for the time of a training step in float32 and for the memory kept for its backward pass."""
     return Budget(None, 0.85 if name in ("vil", "hybrid_vil") else 0.7, 0.4)
 
 

@@ -1,6 +1,6 @@
 """Benchmark every public operator against plain PyTorch, softmax attention and other installed packages.
 
-The results of each provider are checked before it is timed.
+The results of each implementation are checked before it is timed.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Compare the accuracy that this library's models and the originals reach after a few minutes of training on one CPU core.
+"""Compare the accuracy of this library's models and the original models after a few minutes of training on one CPU core.
 
     python -m bench.training cifar10_jpeg.npz --output DIR
 
-The two models of a pair have the same architecture and about the same number of parameters. The original is the published model
-in plain PyTorch. It is trained in float32 with the recipe of the original scripts, but with the training loop and the data
-loading of this library. This library's model is trained in bfloat16 with `--recipe fast`. Both models are trained at the same
-time, each on a separate core, so that other load on the machine affects both.
+The two models of a pair have the same architecture and about the same number of parameters. The original is the published
+model in plain PyTorch. It is trained in float32 with the recipe of the original scripts, but with this library's training loop
+and data loading. This library's model is trained in bfloat16 with `--recipe fast`. Both models are trained at the same time,
+each on a separate core, so that other load on the machine affects both.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ def make(name: str, provider: str) -> nn.Module:
     if provider == "ours":
         return create_model(name, **ours)
     model = drawn(build(label, original, backend="reference"))
-    # The training loop calls these methods, which the originals lack. no_weight_decay() returns an empty set, because the
+    # The training loop calls these methods, which the original models lack. no_weight_decay() returns an empty set, because the
     # original scripts apply weight decay to all parameters. The optimizer still exempts biases and norms.
     model.no_weight_decay, model.get_classifier = set, nn.Identity
     return model
 
 
 def trained(name: str, provider: str, path: str, minutes: float, core: int) -> dict[str, Any]:
-    """Train one model on one core, and return its row in the table."""
+    """Train one model on one core, and return its row of the table."""
     if hasattr(os, "sched_setaffinity") and core in os.sched_getaffinity(0):
         os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
@@ -92,7 +92,7 @@ def trained(name: str, provider: str, path: str, minutes: float, core: int) -> d
 
 
 def some_of(images: HeldImages, count: int) -> HeldImages:
-    """Return `count` random images. If the data set is sorted, the first images could all belong to one class."""
+    """Return `count` random images. If the dataset is sorted, the first images could all belong to one class."""
     drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
     return HeldImages(images.images[drawn], images.labels[drawn])
 
@@ -119,7 +119,7 @@ def run(config: Config, model: nn.Module, dataset: Dataset, seconds: float) -> t
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser.of("python -m bench.training", __doc__)
-    parser.add_argument("dataset", help="CIFAR-10: the path or name of the data set, as in `vix train`")
+    parser.add_argument("dataset", help="CIFAR-10: the path or name of the dataset, as in `vix train`")
     parser.add_argument("--models", nargs="+", choices=PAIRS, default=list(PAIRS), metavar="NAME", help="default: all")
     parser.add_argument("--minutes", type=float, default=8.0, metavar="M", help="minutes per run (default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder for training.csv (default: only print)")

@@ -1,4 +1,7 @@
-"""The Vision Xformers (ViX). For example, `create_model("hybrid_vip", img_size=64, num_classes=200)` creates a hybrid ViP."""
+"""Vision Xformers (ViX) models.
+
+For example, `create_model("hybrid_vip", img_size=64, num_classes=200)` creates a hybrid ViP.
+"""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def per_stage(stages: int, **values: Any) -> list[tuple[int, ...]]:
 
 
 def check_name(name: Any, known: Iterable[str], kind: str) -> None:
-    """Check that `name` is one of the `known` names. `kind` is "model" or "original"."""
+    """Raise an error if `name` is not in `known`. The message includes `kind`, which is "model" or "original"."""
     if not isinstance(name, str):
         raise TypeError(f"name: expected the name of a known {kind}, got {name!r}")
     known = tuple(known)
@@ -74,6 +74,6 @@ def check_name(name: Any, known: Iterable[str], kind: str) -> None:
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """Return a hint with the closest matches for a misspelled word, to append to an error message."""
+    """Return a hint with the closest matches for `word`, to append to an error message, or "" if there are none."""
     match = get_close_matches(word, list(words), n=3)
     return f" (did you mean {' or '.join(map(repr, match))}?)" if match else ""

@@ -26,14 +26,14 @@ class Level(NamedTuple):
 class Backbone(nn.Module):
     """Base class of models that map images (B, in_chans, *img_size) to logits (B, num_classes).
 
-    Most models apply `blocks` and then `norm` to the tokens of one map. For models with stages, see `Pyramid`. A subclass
+    Models without stages apply `blocks` and then `norm` to the tokens. For models with stages, see `Pyramid`. A subclass
     implements `forward_trunk` and `token_maps`, and calls `finish` at the end of its constructor.
     """
 
     config: dict[str, Any]  # entries that `save_model` writes to config.json, such as the arguments of `create_model`
-    trunk = "blocks"  # name of the ModuleList whose items are the levels
-    # Supported values of global_pool: "token" = class token, "avg" = mean of the patches, "max" = maximum of the patches,
-    # "seq" = mean with learned weights, "" = no pooling
+    trunk = "blocks"  # name of the ModuleList of blocks or stages
+    # Supported values of global_pool: "token" = class token, "avg" = mean of the patch tokens, "max" = maximum of the patch
+    # tokens, "seq" = mean with learned weights, "" = no pooling
     pools = ("avg", "max", "")
     embed_dim: int
     grid: tuple[int, int]
@@ -67,7 +67,7 @@ class Backbone(nn.Module):
         return {name for name, _ in self.named_parameters() if name.endswith(exempt)}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Enable or disable activation checkpointing, which saves only the inputs of the blocks for backward."""
+        """Enable or disable activation checkpointing, which saves only the inputs of the blocks for the backward pass."""
         self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
@@ -107,9 +107,10 @@ class Backbone(nn.Module):
         same objects. `patch_size` must be None.
 
         Raises:
-            ValueError: `create_model` did not build this model, or parts of it have been replaced. The model is unchanged.
+            ValueError: an argument is invalid, `create_model` did not build this model, or a module other than
+                the head has been replaced. The model is unchanged.
         """
-        from .resize import resize  # not at the top, because it imports the zoo, which imports this module
+        from .resize import resize  # not at the top, because it imports zoo.py, which imports this module
 
         if patch_size is not None:
             raise ValueError(f"patch_size: expected None, because the patch size of a model is fixed, got {patch_size!r}")
@@ -151,7 +152,7 @@ class Backbone(nn.Module):
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
-        """timm's description of the levels: the name of the module, the number of channels, and the stride in pixels."""
+        """A description of each level in timm's format: module name, number of channels, and stride in pixels."""
         return [
             dict(module=level.module, num_chs=level.width, reduction=round(self.img_size[0] / level.grid[0]))
             for level in self.levels()
@@ -201,7 +202,7 @@ class Backbone(nn.Module):
         return_prefix_tokens: bool = False,
         norm: bool = False,
     ) -> list[Any]:
-        """Return the features of the last `n` levels, or of the levels with the indices `n`, as in DINO's models."""
+        """Return the features of the last `n` levels, or of the levels with the indices `n`, as in DINO models."""
         return self.forward_intermediates(
             x, n, return_prefix_tokens, norm, output_fmt="NCHW" if reshape else "NLC", intermediates_only=True
         )
@@ -256,8 +257,8 @@ class Backbone(nn.Module):
     def token_maps(self) -> dict[str, tuple[tuple[int, int], int]]:
         """Return a dict from module names to ((rows, columns), number of prefix tokens).
 
-        It has an entry for each module whose parameters can have a token dimension. The rows and columns are the size of the
-        module's token map. The name "" refers to the whole model.
+        The dict has an entry for each module whose parameters can have a token dimension. The rows and columns are the size of
+        the module's token map. The name "" refers to the whole model.
         """
         raise NotImplementedError
 

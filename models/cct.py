@@ -49,9 +49,10 @@ class ConvTokenizer(nn.Sequential):
 class CCT(Backbone):
     """A compact convolutional transformer. `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
 
-    Fixes relative to the originals:
+    Fixes relative to the original Vision Xformers models:
 
-    - `mlp_ratio` and `drop_path_rate` take effect. The published configurations use argument names that the originals ignore.
+    - `mlp_ratio` and `drop_path_rate` take effect. The published configurations set `mlp_radio` and `stochastic_depth`, which
+      the original models ignore.
     - `num_heads` is respected, and heads can have any width. The original CCP always uses 4 heads, and the original CCN and CCP
       always use heads of width 32.
     - Images need not be square.

@@ -34,7 +34,7 @@ class Summary(NamedTuple):
 
     Attributes:
         image: height and width of the input image.
-        tokens: number of tokens in the first attention, including the class token.
+        tokens: number of tokens in the first block, including the class token.
         parameters: number of parameters.
         macs: multiply-adds of matrix products and convolutions for one image. Fourier transforms are not counted.
     """

@@ -22,12 +22,12 @@ from .stages import Pyramid, Stage, shrinking
 class CvT(Pyramid):
     """A convolutional vision transformer. `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
 
-    Fixes relative to the originals:
+    Fixes relative to the original Vision Xformers models:
 
-    - The model has the convolutional projection of the CvT paper, which the originals omit.
+    - The model has the convolutional projection of the CvT paper, which the original models omit.
     - Layer norms add eps inside the square root, so the gradient is finite if all channels are equal.
     - The token map can have any size.
-    - `num_heads` is respected. Some originals always use 4 heads.
+    - `num_heads` is respected. The original CvN always uses 4 heads.
 
     q, k and v share one 3 x 3 depthwise convolution, whereas the paper has a separate convolution for each of them. The shared
     convolution works with every mixer, including mixers without queries. As in the paper, it provides position information, so

@@ -11,8 +11,8 @@ from vix_kernels.primitives import feed_forward as primitive
 
 from .drop_path import DropPath
 
-# Minimum number of hidden activations (16 MiB in float32) for which the tiled primitive is used. Fewer activations fit in
-# the cache, so plain PyTorch, which recomputes nothing, is faster.
+# Minimum number of hidden activations (16 MiB in float32) for which `primitives.feed_forward` is used. Fewer activations fit
+# in the cache, so plain PyTorch, which recomputes nothing, is faster.
 MANY_CPU = 2**22
 
 
@@ -51,11 +51,11 @@ _ACTIVATIONS = {nn.GELU: "gelu", nn.Hardswish: "hardswish"}
 
 
 def _use_tiles(x: Tensor, mlp: nn.Module, drop_path: nn.Module) -> bool:
-    """Return whether to use the tiled primitive.
+    """Return whether to use `primitives.feed_forward`, which processes tiles of tokens.
 
     It is used on a CPU for at least MANY_CPU hidden activations, if the activation function is GELU or hardswish. It is not
     used if `drop_path`, `mlp` or a layer of `mlp` was replaced or has hooks. Compiled code does not use it, because compilers
-    can fuse the plain PyTorch operations. The primitive is also not used in torch.jit traces and in torch.func transforms.
+    can fuse the plain PyTorch operations. torch.jit traces and torch.func transforms do not use it either.
     """
     if x.device.type != "cpu" or type(mlp) is not Mlp or type(mlp.act) not in _ACTIVATIONS:
         return False

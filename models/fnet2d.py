@@ -1,4 +1,4 @@
-"""FNet in two dimensions, from the Vision Xformers package.
+"""FNet in two dimensions, from Vision Xformers.
 
     image -> convolutions -> depth x [x + mlp(norm(F(x)))] -> norm -> mean -> head
 
@@ -20,9 +20,9 @@ from .layers import ConvStem, TokenBatchNorm, run_blocks
 
 
 class FNet2D(Backbone):
-    """An FNet on the token map. `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
+    """A two-dimensional FNet. `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
 
-    Fixes relative to the originals:
+    Fixes relative to the original Vision Xformers models:
 
     - The transform is scaled to preserve the magnitude of the tokens. Without scaling, the tokens would become hundreds of
       times larger.
@@ -30,7 +30,7 @@ class FNet2D(Backbone):
     - Tokens are normalized before pooling.
 
     Args:
-        backend: "auto" | "torch" | "reference". All of them use torch.fft, because there is no kernel for this transform.
+        backend: "auto" | "torch" | "reference". All use torch.fft, because there is no kernel for this transform.
 
     For the other arguments, see VisionTransformer. The model has no attention and no class token. It does not need a position
     embedding, because the transform depends on the positions.
@@ -77,7 +77,7 @@ class FNet2D(Backbone):
 
 
 class FourierBlock(nn.Module):
-    """x + mlp(norm(F(x))), where F is the transform of `real_transform` over the token map and the channels."""
+    """x + mlp(norm(F(x))), where F applies `real_transform` to the token map."""
 
     def __init__(self, dim: int, grid: tuple[int, int], mlp_ratio: float, drop: float, drop_path: float) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class FourierBlock(nn.Module):
 
 
 class _RealTransform(torch.autograd.Function):
-    """Apply `real_transform`, a linear map with a symmetric matrix. Backward therefore applies the same map to the gradient."""
+    """Apply `real_transform`, a linear map with a symmetric matrix. The backward pass applies the same map to the gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:

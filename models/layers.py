@@ -124,9 +124,10 @@ class Block(nn.Module):
 def run_blocks(
     blocks: Iterable[nn.Module], x: Tensor, rope: nn.Module | None, checkpointing: bool, outputs: list[Tensor] | None = None
 ) -> Tensor:
-    """Apply the blocks in order, each with the rotary table of its layer. With `checkpointing`, recompute them in backward.
+    """Return `x` after all blocks. Each block receives the rotary table of its layer.
 
-    If `outputs` is a list, append the output of each block to it.
+    With `checkpointing`, the backward pass recomputes the blocks. If `outputs` is a list, the output of each block is appended
+    to it.
     """
     for layer, block in enumerate(blocks):
         table = rope(layer) if rope is not None else None

@@ -28,14 +28,14 @@ from .stages import Pyramid, Stage, shrinking
 class LeViT(Pyramid):
     """A LeViT. `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
 
-    Fixes relative to the originals, which have no normalization:
+    Fixes relative to the original Vision Xformers models, which have no normalization:
 
     - Batch norm and hardswish are used, as in the LeViT paper.
-    - Softmax attention has the attention bias of the paper. In the zoo, LeViN and LeViP use rotary positions instead, because
+    - Softmax attention has the attention bias of the paper. `create_model` gives LeViN and LeViP rotary embeddings, because
       their mixers compute no logits to which a bias could be added.
-    - Each stage after the first shrinks the map, and can change the number of channels.
-    - The map can have any size.
-    - `num_heads` is respected. Some originals always use 4 heads.
+    - Each stage after the first shrinks the token map, and can change the number of channels.
+    - The token map can have any size.
+    - `num_heads` is respected. The original LeViN always uses 4 heads.
 
     Args:
         mixer: a function that creates the token mixer of a layer; see models/mixers.py.
@@ -109,7 +109,7 @@ class LeViT(Pyramid):
 def _stem(in_chans: int, embed_dim: int, patch_size: tuple[int, int]) -> nn.Module:
     """Return a convolutional stem.
 
-    As in LeViT, strides of 2 come first, and each convolution after the first doubles the width.
+    As in the LeViT paper, strides of 2 come first, and each convolution after the first doubles the width.
     """
     strides = [_strides(size) for size in patch_size]
     length = max(map(len, strides))

@@ -1,6 +1,6 @@
 """Token mixers by name, one for every core in `CORES` (vix_kernels/nn/core.py).
 
-A mixer is a function that models call once per layer:
+A `Mixer` is a function that creates the token mixer of a layer. The constructor of a model calls it once per layer:
 
 mixer(dim, place, num_heads=, qkv_bias=, proj_drop=, backend=) -> module(x, rope=rope), for x (B, tokens, dim)
 """
@@ -22,7 +22,7 @@ COUNTS = ("num_features", "num_landmarks", "num_agents")
 
 
 class Place(NamedTuple):
-    """Where a mixer is used: its layer in the model, and the layout of the tokens."""
+    """The place of a mixer in a model: the index of its layer, and the layout of the tokens."""
 
     layer: int
     grid: tuple[int, int]  # rows and columns of the token map

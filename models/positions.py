@@ -89,7 +89,7 @@ class MixedRotaryPosition(nn.Module):
 
 
 def resample_tokens(table: Tensor, dim: int, old: tuple[int, int], new: tuple[int, int], prefix_tokens: int) -> Tensor:
-    """Resample `table` from a token map of size `old` to size `new`, with bicubic interpolation.
+    """Return `table`, resampled from a token map of size `old` to size `new` with bicubic interpolation.
 
     Dimension `dim` contains the prefix tokens, which do not change, followed by the tokens of the map. The interpolation runs
     in float32, and the result has the dtype of `table`.

@@ -27,9 +27,8 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
     """Save `model`, created by `create_model` or `from_original`, to `folder`. Each file is written atomically.
 
     `model.config["data"]`, if present, describes the training images: "classes" are the names of the classes, and "mean" and
-    "std" are the statistics of each channel, for pixel values in [0, 1]. `load_trained` sets this entry for a model that
-    `vix train` trained, and `vix predict` reads it. An existing model card is not overwritten, because users fill in its
-    blanks.
+    "std" are the statistics of each channel, for pixel values in [0, 1]. `vix predict` reads this entry. An existing model card
+    is not overwritten, because users fill in its blanks.
 
     Raises:
         TypeError: `model` is not from `create_model` or `from_original`, or it was pruned.
@@ -61,8 +60,9 @@ def load_model(folder: str | Path, **overrides: Any) -> nn.Module:
 
     Raises:
         FileNotFoundError: the folder or a file is missing.
-        ValueError: a file is damaged, or the weights do not fit the model. The message lists all entries that are missing or
-            unexpected, or that have the wrong shape.
+        TypeError: `folder` is not a path, or an override is unknown.
+        ValueError: a file is damaged, an override is invalid, or the weights do not match the model. In the last case, the
+            message lists all entries that are missing or unexpected, or that have the wrong shape.
     """
     folder = folder_path(folder)
     if not folder.is_dir():

@@ -23,7 +23,7 @@ _SIZED = ("img_size", "grid", "grid_size", "core", "site", "_make")
 
 
 def adapt_state(state: Mapping[str, Any], source: Backbone, model: Backbone) -> dict[str, Any]:
-    """Adapt the state dict `state` of `source` to `model`, whose image size, input channels and head may be different."""
+    """Return the state dict `state` of `source`, adapted to the image size, input channels and head of `model`."""
     state, expected = dict(state), model.state_dict()
     maps = model.token_maps()
     for module, (old, tokens) in source.token_maps().items():
@@ -43,9 +43,9 @@ def adapt_state(state: Mapping[str, Any], source: Backbone, model: Backbone) -> 
 
 
 def _other_channels(weight: Tensor, channels: int) -> Tensor:
-    """Adapt `weight` to `channels` input channels. For one channel, sum the old channels; otherwise, repeat and scale them.
+    """Return `weight` adapted to `channels` input channels. The adapted weights preserve the magnitude of the outputs.
 
-    This preserves the magnitude of the outputs.
+    If `channels` is 1, the old input channels are summed. Otherwise, they are repeated and scaled.
     """
     before = weight.shape[1]
     if channels == 1:
@@ -54,7 +54,7 @@ def _other_channels(weight: Tensor, channels: int) -> Tensor:
 
 
 def over_tokens(state: Mapping[str, Any]) -> list[str]:
-    """Return the names of the entries with a token dimension."""
+    """Return the names of the entries in `state` with a token dimension."""
     return [key for key in state if key.rpartition(".")[2] in _OVER_TOKENS]
 
 
@@ -63,7 +63,7 @@ def is_head(key: str) -> bool:
 
 
 def check_attention(model: Backbone) -> None:
-    """Raise ValueError if the attention of a layer of `model` differs from that of a new model from `create_model`."""
+    """Raise ValueError if the attention of any layer of `model` differs from the attention that `create_model` built."""
     modules = dict(model.named_modules())
     for path, module in create_model(model.config["name"], device="meta", **model.config["arguments"]).named_modules():
         if hasattr(module, "core") and getattr(modules.get(path), "core", None) != module.core:
@@ -77,7 +77,8 @@ def resize(model: Backbone, img_size: tuple[int, int]) -> None:
     resampled. The other parameters, modules and hooks stay the same objects. A head that was replaced is kept.
 
     Raises:
-        ValueError: `create_model` did not build the model, or parts of it have been replaced. The model is unchanged.
+        ValueError: `create_model` did not build the model, or a module other than the head has been replaced. The model is
+            unchanged.
     """
     if "name" not in (getattr(model, "config", None) or {}):
         raise ValueError(f"model: expected a model from create_model that is not pruned, got {type(model).__name__}")
@@ -100,6 +101,6 @@ def resize(model: Backbone, img_size: tuple[int, int]) -> None:
         path, _, entry = key.rpartition(".")
         setattr(old[path], entry, nn.Parameter(value, requires_grad=getattr(old[path], entry).requires_grad))
     model.config["arguments"] = arguments | {"img_size": img_size}
-    for record in ("_model_args", "_traits"):  # timm keeps the arguments of the models that it has created
+    for record in ("_model_args", "_traits"):  # timm stores the arguments of the models that it has created
         if hasattr(model, record):
             setattr(model, record, getattr(model, record) | {"img_size": img_size})

@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], what: str, optional: Callable[[str], bool]) -> None:
-    """Load `state` into `model`. If it does not fit, raise an error and leave the model unchanged.
+    """Load `state` into `model`. If they do not match, raise an error and leave the model unchanged.
 
     Args:
         what: description of the model, for the error message.
         optional: a function that returns whether the entry with a given name may be missing.
 
     Raises:
-        ValueError: the state does not fit. The message lists all entries that are missing or unexpected, or that have the
-            wrong shape.
+        ValueError: `state` does not match the model. The message lists all entries that are missing or unexpected, or that
+            have the wrong shape.
     """
     if found := mismatch(model.state_dict(), state, optional):
         raise ValueError(f"state_dict: does not fit {what}; {found}")
@@ -26,11 +26,11 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], what: str, optiona
 def mismatch(
     expected: Mapping[str, Tensor], state: Mapping[str, Tensor], optional: Callable[[str], bool], most: int | None = None
 ) -> str:
-    """Return which entries of `state` are missing or unexpected, or have the wrong shape. The result is "" if `state` fits.
+    """Return which entries of `state` are missing or unexpected, or have the wrong shape. If there are none, return "".
 
     Args:
         optional: a function that returns whether the entry with a given name may be missing.
-        most: the largest number of names to list for each problem. None: list all names.
+        most: the largest number of names to list for each problem. None lists all names.
     """
     problems = {
         "missing": [key for key in expected if key not in state and not optional(key)],

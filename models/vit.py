@@ -29,8 +29,8 @@ class VisionTransformer(Backbone):
     - The hybrids have normalization and activations between their convolutions. Without these, the convolutions would form a
       single linear map.
     - Patches are not layer-normalized. The vision_xformer package normalizes them, so a one-pixel patch loses its brightness.
-    - `num_heads` is respected. Some original models always use 4 heads.
-    - The number of positions depends on the image size, and rotary models have no unused position embedding.
+    - `num_heads` is respected. The original ViN and its rotary variants always use 4 heads.
+    - The size of the position encoding depends on the image size, and rotary models have no unused position embedding.
     - The class token and the position embedding are initialized with a standard deviation of 0.02 instead of 1.
     - Tokens are normalized before pooling.
 
@@ -43,8 +43,8 @@ class VisionTransformer(Backbone):
         position: "learned" | "rope_1d" (in raster order) | "rope_axial" (rows and columns) | "rope_mixed" (learned directions
             for each layer and head) | "none". The class token is not rotated.
         class_token: whether to prepend a learned token to the patches.
-        global_pool: input of the head: "token" = class token; "avg" = mean of the patches; "max" = maximum of the patches;
-            "" = no pooling, so there are logits for each token.
+        global_pool: input of the head: "token" = class token; "avg" = mean of the patch tokens; "max" = maximum of the patch
+            tokens; "" = no pooling, so there are logits for each token.
         drop_rate: dropout rate before the head.
         proj_drop_rate: dropout rate after the attention's output projection and in the MLP.
         drop_path_rate: stochastic depth rate of the last layer. The rates increase linearly from 0 in the first layer.

@@ -2,8 +2,7 @@
 
 Names without a suffix select the published configurations. ViTs and FNets process 32 x 32 pixels (CIFAR-10) with one token per
 pixel. LeViTs, CvTs and CCTs process 64 x 64 pixels (Tiny ImageNet) with 32 x 32 tokens. Suffixes select other sizes: _tiny for
-32 x 32 pixels, _small for 64 x 64, and _base for 224 x 224. Most of the widths come from timm or from the
-architecture's paper.
+32 x 32 pixels, _small for 64 x 64, and _base for 224 x 224.
 """
 
 from __future__ import annotations
@@ -103,7 +102,7 @@ _FAMILIES: tuple[tuple[Callable[..., Backbone], dict[str, str | None], dict[str,
 # Default arguments for models with a given mixer, in every architecture.
 _WITH_MIXER = {"performer": dict(qkv_bias=True)}  # as published
 # LeViT encodes positions in its attention bias. The mixers of LeViN and LeViP compute no logits to which this bias could be
-# added, so these models have rotary positions by default.
+# added, so these models have rotary embeddings by default.
 _ROTATED = {LeViT: dict(position="rope_axial")}
 
 
@@ -139,15 +138,15 @@ def list_models(pattern: str | None = None) -> list[str]:
 def create_model(
     name: str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, **overrides: Any
 ) -> Backbone:
-    """Build the model `name` with newly initialized weights, on `device` and with weights of the given dtype.
+    """Build the model `name` on `device`, with newly initialized weights of the given dtype.
 
     Overrides are keyword arguments of the architecture (`VisionTransformer`, `LeViT`, `CvT`, `CCT`, `FNet2D`). In addition,
     mixer="softmax" | "performer" | "feature" | "linear" | "nystrom" | "linformer" | "agent" | "fourier" selects a token mixer.
     The options of the mixer are also accepted; see `mixer_options` in models/mixers.py. `FNet2D` has a fixed mixer and
-    accepts neither `mixer` nor options of a mixer.
+    accepts neither `mixer` nor mixer options.
 
     Raises:
-        TypeError: an argument is unknown. The message suggests similar ones.
+        TypeError: an argument is unknown or has the wrong type. For an unknown argument, the message suggests similar names.
         ValueError: the name is unknown, or a value is invalid.
     """
     if dtype is not None and not isinstance(dtype, torch.dtype):
@@ -185,7 +184,7 @@ def preset(name: str) -> dict[str, Any]:
 
 
 def defaults(name: str) -> dict[str, Any]:
-    """Return the arguments of the architecture and of `preset(name)`, with their default values for the model `name`."""
+    """Return the default arguments of the model `name`: those of its architecture, overridden by `preset(name)`."""
     signature = inspect.signature(_entry(name).architecture).parameters.values()
     return {each.name: each.default for each in signature if each.kind is each.KEYWORD_ONLY} | preset(name)
 

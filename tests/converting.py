@@ -19,7 +19,7 @@ def small_model() -> nn.Module:
 
 
 def sharpened(model: nn.Module) -> nn.Module:
-    """Enlarge the weights of queries and keys, so that attention is not uniform."""
+    """Scale up the query and key weights of `model`, so that its attention weights are not uniform. Return `model`."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("qkv.weight", "q_proj.weight", "k_proj.weight", "in_proj_weight")):
@@ -33,7 +33,7 @@ def batches(*shape: int) -> Callable[[], Iterator[Tensor]]:
 
 
 def convert_and_save(rank: int, world: int, folder: str) -> None:
-    """Convert a model in `world` processes. Save the gradient of the first step, and the errors and agreement of the report."""
+    """Convert a model in `world` processes. Save the first step's gradient, and the errors and agreement in the report."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world)
     gradients = []
@@ -74,9 +74,9 @@ class Trimmed(nn.Module):
 
 
 REFUSED = {
-    "first": "batches: expected the same batches in all 2 processes, of which each gets a part, got different ones",
+    "first": "batches: expected the same batches in all 2 processes, which split them, got different ones",
     "later": "batches: expected the same batches in all 2 processes",
-    "tokens": "batches: expected samples in dimension 0, which 2 processes divide, got another layout, such as that of nn.Mult",
+    "tokens": "batches: expected samples in dimension 0, which 2 processes split, got another layout, such as that of nn.Mult",
     "dict": "batches: expected samples in dimension 0",
     "small": "batches: expected a function that returns at least one batch of 2 samples, one for each process, in every call",
     "lengths": "eval_batches: expected the same batches in all 2 processes",
@@ -84,7 +84,7 @@ REFUSED = {
 
 
 def refuse(rank: int, folder: str) -> None:
-    """Convert models with batches that two processes cannot divide. Save the errors."""
+    """Convert models with batches that `linearize` must refuse in two processes. Save the error messages."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     errors = {}

@@ -1,9 +1,11 @@
-"""Golden outputs of the original models. `python -m tests.golden SOURCE` condenses SOURCE/*.json into golden.json.
+"""Golden outputs of the original Vision Xformers models.
+
+`python -m tests.golden SOURCE` condenses SOURCE/*.json into golden.json.
 
 No weights are stored. The field "rule" in golden.json describes how weights, inputs and cotangents are derived from a seed.
 Each row in "state" contains the shape, base and scale of a state_dict entry and, for a parameter, the norm of its gradient.
-A "*" in the key of a row represents the layer numbers 0 to layers - 1. Entries that the original computes in its constructor
-are skipped.
+A "*" in the key of a row represents the layer numbers 0 to layers - 1. Entries that the constructor of the original model
+computes are skipped.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ def _rows(state: dict[str, dict[str, Any]], norms: dict[str, float | None]) -> l
 
 @dataclass(frozen=True)
 class Golden:
-    """An original model: constructor arguments, weights, inputs and outputs.
+    """The constructor arguments, weights, inputs and outputs of an original model.
 
     Attributes:
         config: constructor arguments.

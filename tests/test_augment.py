@@ -162,7 +162,7 @@ def test_strength_controls_the_change(operation: Operation) -> None:
 
 
 def test_augmentation_stays_on_the_device_of_the_images() -> None:
-    """Use meta tensors in place of GPU tensors. An operation that mixes them with CPU tensors raises an error."""
+    """Use meta tensors in place of GPU tensors. An operation that combines them with CPU tensors raises an error."""
     x, labels = torch.empty(28, 3, 16, 16, device="meta"), torch.zeros(28, dtype=torch.long, device="meta")
     draws, strength = Draws(0, images=28), torch.empty(28, 1, 1, 1, device="meta")
     for operation in OPERATIONS:

@@ -1,6 +1,7 @@
 """Tests of the benchmarks.
 
-Providers that give wrong results, run out of memory or are not installed are not timed, and their rows say why.
+Implementations (providers) that give wrong results, run out of memory or are not installed are not timed. Their rows state the
+reason.
 """
 
 from __future__ import annotations
@@ -299,9 +300,9 @@ def test_models_are_compared_with_their_originals() -> None:
 
 @pytest.mark.parametrize("name", models.PAIRS)
 def test_models_and_originals_have_similar_sizes(name: str) -> None:
-    """Sizes differ where our models correct mistakes in the originals.
+    """Parameter counts differ where this library corrects mistakes in the original Vision Xformers models.
 
-    For example, ViL has as many key and value heads as query heads, but its original has only one of each.
+    For example, ViL has as many key and value heads as query heads. The original ViL has only one of each.
     """
     model, original = (models.make(name, provider, {}, "cpu").to("meta") for provider in ("ours", "original"))
     sizes = [sum(parameter.numel() for parameter in each.parameters()) for each in (model, original)]

@@ -306,7 +306,7 @@ def test_late_calls_are_named():
     assert budgets.late({"forward, case A": 81e-6}) == ([], ["forward, case A: 81 us predicted, budget 80"])
     (declared,), failed = budgets.late({"pinv, 512 heads, fp32": float("inf")})
     assert declared.endswith("its predicted time is infinite") and failed == []
-    assert budgets.late({"pinv, 512 heads, fp32": 201e-6})[1]  # only an unknown time is declared
+    assert budgets.late({"pinv, 512 heads, fp32": 201e-6})[1]  # only an infinite time is allowed
 
 
 def test_a_budget_adds_kernels_but_not_specializations():
@@ -395,7 +395,10 @@ def test_the_sample_is_stable():
 
 
 def test_an_interrupted_run_keeps_finished_cells(monkeypatch, tmp_path):
-    """--write replaces the rows of finished cells, keeps the current rows of other cells, and drops rows of changed kernels."""
+    """--write replaces rows of finished cells, keeps current rows of other cells, and drops rows of changed kernels.
+
+    A cell is a combination of architecture, dtype and head width.
+    """
     source = sources.hash_of(SM90_16_BIT.kernel)
     old = [replace(SM90_16_BIT, dtype=dtype, source=source, key=dtype) for dtype in ("fp16", "bf16")]
     outdated_row = replace(SM90_16_BIT, arch="sm_80", source="another", key="outdated")

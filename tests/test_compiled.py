@@ -1,4 +1,7 @@
-"""Tests of launches of compiled kernels (_triton/compiled.py). Triton's launcher calls a stub of the CUDA driver."""
+"""Tests of launches of compiled kernels (_triton/compiled.py). Triton's launcher calls a stub of the CUDA driver.
+
+The table of launches is `compiled.known`. A launch that matches an entry bypasses Triton's inspection of the arguments.
+"""
 
 import gc
 import subprocess
@@ -47,12 +50,12 @@ def test_in_a_process_with_the_stub_driver(check: str) -> None:
     in_process(check)
 
 
-streams: list[tuple] = []  # all arguments of Triton's launcher, including the stream
+streams: list[tuple] = []  # the arguments of each call to Triton's launcher, including the stream
 
 
 @contextmanager
 def recorded() -> Iterator[list[tuple]]:
-    """Collect what Triton's launcher receives: the grid, the function, the metadata and the arguments."""
+    """Yield a list that collects the arguments of Triton's launcher: grid, function, metadata and kernel arguments."""
     from triton.backends.nvidia.driver import CudaLauncher
 
     calls: list[tuple] = []
@@ -105,7 +108,7 @@ def check_replays() -> None:
     from vix_kernels import plans
 
     def pattern(args: list) -> list:
-        """Replace each address with its position among the addresses, and its alignment."""
+        """Replace each address with a pair: its index among the addresses, and its remainder modulo 16."""
         addresses = [x for x in args if type(x) is int and x > 2**32]
         return [(addresses.index(x), x % 16) if type(x) is int and x > 2**32 else x for x in args]
 
@@ -148,7 +151,7 @@ def broadcast(q: Tensor, scale: float = 0.5) -> None:
 
 
 def check_keys() -> None:
-    """A new alignment, dtype, size, scalar value or scalar type adds an entry. New values in the tensors do not."""
+    """A new alignment, dtype, size, scalar value or scalar type adds an entry to the table. New tensor values do not."""
     from vix_kernels._triton import compiled
 
     def entries(q: Tensor, scale: float = 0.5) -> int:

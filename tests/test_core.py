@@ -120,7 +120,7 @@ def test_a_registered_core_works_everywhere(use: str, late: bool, tmp_path: Path
 
 
 def test_a_core_with_parameters_is_a_child_module_of_its_host(tmp_path: Path) -> None:
-    """A replaced module has the core's parameters in its child `vix`. If no module can hold them, an error names the core."""
+    """The host module holds the core's parameters in its child `vix`. If no module can hold them, an error names the core."""
     pytest.importorskip("timm")
     (tmp_path / "learned.py").write_text(LEARNED)
     code = """

@@ -24,7 +24,7 @@ H100 = next(gpu for gpu in GPUS if gpu.name == "H100")
 
 
 def flash_rows() -> list[dict]:
-    """Compile the flash-attention kernel without and with a causal mask, and describe its machine code."""
+    """Compile the flash-attention kernel without and with a causal mask. Return a compile-report row, as a dict, for each."""
     found = []
     for causal in (False, True):
         with observed.observed("sm_90") as launches:

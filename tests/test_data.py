@@ -1,4 +1,4 @@
-"""Tests of the data sets for `vix train`: reading, augmentation, and errors for unreadable files."""
+"""Tests of the datasets for `vix train`: reading, augmentation, and errors for unreadable files."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def jpeg(image: Image.Image) -> bytes:
 
 
 def arrays_of(files: list[bytes]) -> dict[str, np.ndarray]:
-    """Return the arrays of a pack (an .npz data set) with three classes. Every fourth image is held out."""
+    """Return the arrays of a pack (an .npz dataset) with three classes. Every fourth image is held out."""
     starts = [file.index(b"\xff\xda") for file in files]  # JPEG marker for the start of the scan
     heads = [file[:start] for file, start in zip(files, starts, strict=True)]
     headers = sorted(set(heads))
@@ -117,7 +117,7 @@ def test_a_constant_channel_has_deviation_1(max_value: int) -> None:
 
 @pytest.mark.parametrize("size, limit", [((24, 24), 2), ((8, 8), 2), ((12, 6), 2), ((7, 13), 20)])
 def test_packs_are_resized_like_folders(pack: Path, tmp_path: Path, size: tuple[int, int], limit: int) -> None:
-    """Pixels differ by rounding, or by a part of a pixel if the center crop is not a whole number of pixels."""
+    """Pixel values differ by rounding, and by more if the size of the center crop is not a whole number of pixels."""
     data = load_dataset(str(pack), size)
     assert data.train.shape == (3, *size) and data.model_kwargs == {"patch_size": suited_patch_size((3, *size))}
     assert open_dataset(str(pack), size).shape == (3, *size)

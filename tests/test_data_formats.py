@@ -1,4 +1,4 @@
-"""Tests of the formats that `vix train --dataset FOLDER` reads, on tiny data sets, and of the errors for damaged files."""
+"""Tests of the formats that `vix train --dataset FOLDER` reads, on tiny datasets, and of the errors for damaged files."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_damaged_length_allocates_nothing(tmp_path: Path, refused: Callable[..
     folder = cifar_python(tmp_path)
     path = folder / "cifar-10-batches-py" / "test_batch"
     path.write_bytes(b"\x80\x04\x95" + (2**50).to_bytes(8, "little") + b"N.")  # a pickle frame with a length of one petabyte
-    assert "which is missing, damaged or not a data set" in refused("--dataset", folder)
+    assert "which is missing, damaged or not a dataset" in refused("--dataset", folder)
 
 
 def test_a_pickle_that_executes_code_is_refused(tmp_path: Path) -> None:
@@ -450,7 +450,7 @@ def test_links_to_folders_are_followed(tmp_path: Path) -> None:
 def test_settings_are_checked_before_images_are_decoded(
     words: list[str], message: str, two_epochs: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
-    monkeypatch.setitem(folders.__globals__, "decode", None)  # decoding would fail with an error about a damaged data set
+    monkeypatch.setitem(folders.__globals__, "decode", None)  # decoding would fail with an error about a damaged dataset
     places = dict(run=two_epochs / "run", other=two_epochs / "other")
     if "--resume" not in words:
         words = ["--output", str(two_epochs / "new"), "--dataset", str(two_epochs / "data"), "--img-size", "8", *words]

@@ -31,7 +31,7 @@ def test_with_all_landmarks_a_diffusion_transformer_keeps_its_outputs():
 
 @pytest.mark.parametrize("op", ["nystrom", "performer"])
 def test_a_saved_model_gives_the_same_outputs(op, tmp_path):
-    """diffusers does not save the replaced attention, so it is replaced again after loading."""
+    """diffusers does not save the replacement, so the attention layers are replaced again after loading."""
     model, inputs = dit()
     integration.replace_attention(model, op, retrain=True)
     model.save_pretrained(tmp_path)
@@ -68,7 +68,7 @@ def test_a_unet_with_text_keeps_its_outputs():
 
 @pytest.mark.filterwarnings("error")
 def test_a_unet_without_text_keeps_its_outputs():
-    """The middle block passes the time embedding to the attention. Only arguments that a processor accepts are passed to it."""
+    """The middle block passes the time embedding to its attention layer. Processors get only arguments that they accept."""
     torch.manual_seed(0)
     model = diffusers.UNet2DModel(
         sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,

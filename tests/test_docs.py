@@ -186,7 +186,7 @@ def test_tables_of_operators_and_models(heading: str, name: str) -> None:
 
 
 def conversions(path: Path, digits: dict[str, str]) -> list[list[str]]:
-    """Return the cells of a table of conversions: means over the seeds, without and with exact rows."""
+    """Return the cells of a table of conversions. Pairs of numbers are means over the seeds, without and with exact rows."""
     study, cells = rows(path), []
     for method in dict.fromkeys(name for name, *_ in METHODS):
         chosen = [row for row in study if row["method"] == method]
@@ -245,7 +245,7 @@ def test_table_of_traffic() -> None:
     measured = {}
     for run in path.read_text(encoding="utf-8").split("$ vix dev traffic")[1:]:
         tokens, unsplit = re.search(r"tokens (\d+), width", run)[1], "--unsplit" in run.splitlines()[0]
-        for op, direction, ratio in re.findall(r"(?ms)^(\w+) (forward|backward)$.*?in all, ([\d.]+) of the least", run):
+        for op, direction, ratio in re.findall(r"(?ms)^(\w+) (forward|backward)$.*?in all, ([\d.]+) of the (?:least|minimum)", run):
             measured[op, f"{int(tokens):,}", unsplit, direction] = ratio
     for name, tokens, *ratios in table(BENCHMARKS, "Memory traffic"):
         key = name.split("`")[1], tokens, "in one chunk" in name

@@ -175,7 +175,7 @@ def test_each_layer_has_different_random_features():
 def test_an_attention_with_parameters_needs_a_module():
     attention = DropIn("nystrom", retrain=True, residual_conv_kernel=3)
     for call in (attention.without_module, lambda: attention(*qkv())):
-        with pytest.raises(ValueError, match="residual_conv_kernel: expected an attention without parameters"):
+        with pytest.raises(ValueError, match="residual_conv_kernel: expected attention without parameters"):
             call()
     q, k, v = qkv()
     mounted = attention.mounted(Site(q.shape[3], q.shape[1])).to(q.dtype)
@@ -257,7 +257,7 @@ class ReadOnly(dict):
 
 
 def test_a_failed_replacement_is_undone():
-    """The second module cannot be adapted. Changes of the first module, and of its children, are undone."""
+    """The second module cannot be adapted. Changes to the first module and its children are undone."""
     model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(32, 2, 32, batch_first=True), 2)
     model.settings = ReadOnly(depth=2)  # like the configuration of a diffusers model
 
@@ -284,8 +284,8 @@ def test_reports_list_replaced_and_refused():
         "nystrom(): 1 replaced, 1 not replaced\n  a: nystrom, 64 landmarks in segments\n  b not replaced: a Swin"
     )
     assert report.replaced == ["a"]
-    assert report.checked("an attention") is report
-    with pytest.raises(ValueError, match="model: expected an attention, got 2 times a Swin"):
-        Report("nystrom()", {}, {"b": "a Swin", "c": "a Swin"}).checked("an attention")
+    assert report.checked("an attention layer") is report
+    with pytest.raises(ValueError, match="model: expected an attention layer, got 2 times a Swin"):
+        Report("nystrom()", {}, {"b": "a Swin", "c": "a Swin"}).checked("an attention layer")
     with pytest.raises(ValueError, match="got a model without any attention"):
-        Report("nystrom()").checked("an attention")
+        Report("nystrom()").checked("an attention layer")

@@ -1,4 +1,4 @@
-"""Tests of attention with exact rows and of attention with learned features, beyond the requirements of every operator."""
+"""Tests specific to exact rows and to attention with learned features. The tests in test_ops.py cover all operators."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_wrong_features_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ["performer", "feature", "nystrom", "linformer", "agent"])
 def test_exact_prefix_of_a_core(name: str) -> None:
-    """Models of the zoo have no exact rows by default. With exact_prefix, all prefix tokens of the model are exact."""
+    """This library's models have no exact rows by default. With exact_prefix, the rows of all prefix tokens are exact."""
     torch.manual_seed(0)
     options = {"nystrom": dict(num_landmarks=4), "agent": dict(num_agents=4)}.get(name, {})
     site = Site(8, 2, grid_size=(3, 4), prefix_tokens=2, num_tokens=14)
@@ -171,9 +171,9 @@ def test_only_self_attention_has_exact_rows() -> None:
 
 def test_features_need_a_module() -> None:
     q, k, v = qkv()
-    with pytest.raises(ValueError, match="expected an attention without parameters, got Feature"):
+    with pytest.raises(ValueError, match="expected attention without parameters, got Feature"):
         DropIn("feature", retrain=True)(q, k, v)
-    with pytest.raises(ValueError, match="expected an attention without parameters, got Feature"):
+    with pytest.raises(ValueError, match="expected attention without parameters, got Feature"):
         replace_sdpa("feature", retrain=True)
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 64, 0.0, batch_first=True), 2)
     report = replace_mha(model, "feature", retrain=True, num_features=8)

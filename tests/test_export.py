@@ -48,7 +48,10 @@ def onnx() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("spec, case", EVERY)
 def test_references_equal_the_operators(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
-    """Outputs that only a kernel's backward reads are not compared, because references leave them empty."""
+    """Compare the outputs of each operator and its reference.
+
+    Outputs that only the kernels' backward pass reads are skipped, because references leave them empty.
+    """
     with Record() as calls:
         run(spec.problem(case, dtype=dtype), backend="torch")
     calls = [(operator, args) for operator, args in calls if operator in REFERENCES]
@@ -69,7 +72,7 @@ def test_every_forward_operator_has_a_reference() -> None:
     assert names == {name for name in registry.operators if not name.endswith("_backward")} - {"angle_gradient"}
 
 
-# Functions. All functions in a group are exported as one program, because each export takes seconds.
+# Functions. ANY_TOKENS and ON_GRID are each exported as one program, because each export takes seconds.
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -129,7 +132,7 @@ class Functions(nn.Module):
 
 
 class Exported:
-    """All functions in a group, exported as one program."""
+    """A dict of functions, exported as one program."""
 
     def __init__(self, functions: dict[str, Callable[..., Tensor]], sizes: list[tuple[int, int]]) -> None:
         self.names, self.module, self.sizes = list(functions), Functions(functions), sizes

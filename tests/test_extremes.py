@@ -50,7 +50,7 @@ SOFTMAX = "performer_attention", "nystrom_attention", "linformer_attention", "ag
 @pytest.mark.parametrize("name", SOFTMAX)
 @pytest.mark.parametrize("spread", [16.0, 1e4, 3e4], ids=lambda spread: f"std{spread:g}")
 def test_large_logits_stay_within_the_error_budget(name: str, spread: float, dtype: torch.dtype, backend: str) -> None:
-    """The attention weights that backward recomputes are at most 1 and sum to 1, however large the logits are."""
+    """The attention weights that the backward pass recomputes are at most 1 and sum to 1, even if the logits are large."""
     check_budget(problem_of(name, dtype, spread=spread), backend)
 
 
@@ -150,7 +150,7 @@ def test_nan_in_padding_reaches_no_gradient(name: str, backend: str) -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("name", ("agent", "performer", "linear_projected"))
 def test_infinity_in_padding_reaches_no_gradient_of_the_slots(name: str, sign: int, backend: str) -> None:
-    """All slots are positive, so if a padded token is -inf, either all of its logits are -inf or all of its features are 0."""
+    """All slots (agents or random features) are positive, so a padded token of -inf has logits of -inf or features of 0."""
     torch.manual_seed(0)
     q, k, v, slots = (torch.rand(1, 2, tokens, 16, device=DEVICE) for tokens in (12, 12, 12, 5))
     mask = torch.arange(12, device=DEVICE)[None] < 9

@@ -1,4 +1,4 @@
-"""Tests of `vix linearize` for models of timm and transformers: their weights, class names and normalization."""
+"""Tests of `vix linearize` for timm and transformers models: their weights, class names and normalization."""
 
 from __future__ import annotations
 
@@ -86,9 +86,10 @@ def test_damaged_weights_of_a_folder_are_refused(folder: Path) -> None:
 
 
 def test_class_names_of_a_folder_are_kept(tmp_path: Path) -> None:
-    """The names are in the order of the outputs, even if the images show other classes.
+    """Names are kept, in the order of the outputs, if the dataset has a different number of classes.
 
-    The default names LABEL_0, LABEL_1, ... are replaced by those of the data.
+    With the same number of classes, the dataset's names replace default names (LABEL_0, ...) and names that all differ from
+    the dataset's names.
     """
     pytest.importorskip("sklearn", reason="the digits are from scikit-learn")
     options = ("--dataset", "digits", "--steps", "2", "--images", "16", "--eval-images", "16", "--no-progress")

@@ -10,7 +10,7 @@ from vix_kernels.testing import SPECS
 
 @pytest.mark.skipif(host_time.c_compiler() is None, reason="there is no C compiler for the stub driver")
 def test_launches_are_timed_without_a_gpu(tmp_path, capsys) -> None:
-    """The forward and backward with launches take longer than the forward without launches."""
+    """The forward and backward passes with launches take longer than the forward pass without launches."""
     path = tmp_path / "host.csv"
     assert host_time.main(["apply_rope", "--rounds", "3", "--profile", "--csv", str(path)]) == 0
     with path.open() as file:
@@ -21,8 +21,8 @@ def test_launches_are_timed_without_a_gpu(tmp_path, capsys) -> None:
     assert "apply_rope  forward and backward" in printed and "Triton's launcher" in printed
 
 
-# Upper limits for the host time with launches, as multiples of the host time of a tiny scaled_dot_product_attention: (forward,
-# forward and backward)
+# Upper limits for the host time with launches, as multiples of the host time of a tiny scaled_dot_product_attention. The first
+# limit is for the forward pass, and the second for the forward and backward passes.
 BUDGETS = {"performer_attention": (3.2, 2.3), "nystrom_attention": (4.5, 3.0)}
 
 

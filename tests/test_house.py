@@ -1,4 +1,4 @@
-"""Tests of the rules in CONTRIBUTING.md on imports, docstrings, and the size of files and functions, with their exceptions."""
+"""Tests of the rules in CONTRIBUTING.md for imports, docstrings, and the size of files and functions."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_only_kernels_and_measurements_import_triton() -> None:
 
 
 def test_every_primitive_has_a_torch_implementation() -> None:
-    """The file is named after the primitive, possibly with a suffix. `nystrom` combines other primitives and has no file."""
+    """Each primitive has a module in _torch/ whose name starts with its name. `nystrom` combines primitives and has none."""
     primitives = {name.partition(".")[2] for name in MODULES if layer(name) == "primitives"} - {"", "autograd", "registry"}
     files = {name.partition(".")[2] for name in MODULES if layer(name) == "_torch"}
     assert {name for name in primitives if not any(file.startswith(name) for file in files)} == {"nystrom"}

@@ -100,7 +100,7 @@ def test_nan_reaches_only_windows_that_contain_it(backend: str, adaptive: bool) 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_the_reference_confines_values_that_are_not_finite(adaptive: bool, value: float) -> None:
-    """Also under torch.func transforms and in a traced function. Landmarks and gradients equal those of tiled PyTorch."""
+    """Landmarks and gradients equal those of tiled PyTorch, also under torch.func transforms and in a traced function."""
     x = tokens(2, 2, 1 + 5 * 7, 8, dtype=torch.float32)
     x[0, 0, 1 + 2 * 7 + 2, 3] = value  # row 2, column 2
     options = dict(prefix=1, rows=5, mark_rows=2, mark_columns=3, adaptive=adaptive)
@@ -198,11 +198,11 @@ def test_longest_window_is_the_largest_count(adaptive: bool) -> None:
 
 @pytest.mark.skipif(not backends.interpreted(), reason="traffic is counted in Triton's interpreter")
 def test_every_byte_is_transferred_once() -> None:
-    """The forward is a single launch that reads q and k and writes the landmarks. The backward is also a single launch."""
+    """The forward pass is one launch, which reads q and k and writes the landmarks. The backward pass is also one launch."""
     from vix_kernels.measure.traffic import measure
 
     q, k = (torch.randn(1, 2, 530, 32, dtype=torch.float16, requires_grad=True) for _ in range(2))
     traffic = measure(landmarks, q, k, mark_columns=32, backend="triton")
     assert [each.kernel for each in traffic.forward.launches] == ["landmarks_kernel"] and traffic.forward.ratio == 1.0
     assert [each.kernel for each in traffic.backward.launches] == ["landmarks_backward_kernel"]
-    assert traffic.backward.ratio < 1.002  # slightly above 1, because the backward also reads the saved counts
+    assert traffic.backward.ratio < 1.002  # slightly above 1, because the backward pass also reads the saved counts

@@ -68,7 +68,7 @@ def output(model: nn.Module, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_features_are_fitted_in_every_host(name: str, tmp_path: Path) -> None:
-    """The error decreases, other weights do not change, and the outputs of a saved model are bit-identical."""
+    """The error decreases, other weights do not change, and a saved and loaded model gives bit-identical outputs."""
     model, batches = make(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     exact = {"exact_prefix": True}
@@ -141,7 +141,7 @@ def test_only_chosen_layers_are_converted() -> None:
     report = linearize(model, batches, layers=["blocks.1*"], num_features=8, steps=2, progress=False)
     assert report.converted == ["blocks.1.attn"]
     assert type(model.blocks[0].attn) is timm.layers.Attention and not hasattr(model.blocks[0].attn, "vix")
-    with pytest.raises(ValueError, match=r"layers: expected names of attentions \(blocks.0.attn, .*, got 'block'"):
+    with pytest.raises(ValueError, match=r"layers: expected names of attention layers \(blocks.0.attn, .*, got 'block'"):
         linearize(timm_vit(), batches, layers=["block"])
 
 
@@ -198,7 +198,7 @@ def test_landmarks_are_calibrated_without_training(name: str) -> None:
 
 
 def test_the_error_is_that_of_the_attention() -> None:
-    """The reported error equals an error that is computed from the outputs of the layers."""
+    """The reported error equals the relative squared error of the attention output, computed from q, k and v."""
     model, batches = make("vix_kernels")
     report = linearize(model, batches, num_features=8, steps=3, progress=False)
     layer = model.blocks[0].attn
@@ -227,7 +227,7 @@ def test_class_rows_that_are_not_exact_have_a_larger_weight() -> None:
 
 
 def test_features_are_initialized_from_valid_tokens() -> None:
-    """With padding at the front, at the end and in between, and without any valid token."""
+    """Test padding at the front, at the end and in between, and samples without valid tokens."""
     model, _ = make("vix_kernels")
     name, holder = next(iter(holders(model).items()))
     replace_attention(model, "feature", num_features=8, retrain=True)
@@ -380,7 +380,10 @@ def test_under_autocast_and_in_bfloat16() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_tensors_of_inference_mode(name: str) -> None:
-    """Weights created in inference mode are converted, but cannot be trained. Batches are used in every step."""
+    """Weights created in inference mode are converted, but cannot be trained.
+
+    Batches created in inference mode can be used in all stages.
+    """
     settings = dict(num_features=8, steps=2, progress=False)
     model, batches = make(name)
     expected = linearize(model, batches, **settings).layers
@@ -580,7 +583,7 @@ def test_values_that_are_not_finite_are_refused() -> None:
 
 
 def test_the_state_of_the_caller_is_kept() -> None:
-    """Hooks can still be removed, and gradients, training modes and grad modes are as before."""
+    """Hooks can still be removed, and gradients and training modes are unchanged, even if the caller disables gradients."""
     model, batches = make("timm")
     model.train()
     calls: list[int] = []
@@ -638,7 +641,10 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 
 
 def test_batches_that_processes_cannot_divide_are_refused(tmp_path: Path) -> None:
-    """All processes raise the error, and the model keeps its softmax attention. A part may have fewer tokens, however."""
+    """All processes raise the error, and the model keeps its softmax attention.
+
+    The parts of a batch may differ in their number of tokens.
+    """
     multiprocessing.spawn(converting.refuse, (str(tmp_path),), nprocs=2)
     errors = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert errors[0] == errors[1] and errors[0].keys() == converting.REFUSED.keys()

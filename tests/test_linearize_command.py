@@ -33,7 +33,7 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, words: list[str], after: int) -> int:
-    """Run the command, and interrupt it after the given number of steps."""
+    """Run the command, interrupt it after the given number of steps, and return its exit code."""
     written, steps = state.Progress.after_step, []
 
     def after_step(self: state.Progress, *arguments: Any) -> None:
@@ -95,7 +95,7 @@ def test_two_commands_cannot_write_to_one_folder(
 
 
 def test_a_refused_conversion_leaves_no_folder(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "layers: expected names of attentions" in refused([*command, "--layers", "none"], capsys)
+    assert "layers: expected names of attention layers" in refused([*command, "--layers", "none"], capsys)
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     refused([*command, "--layers", "none"], capsys)

@@ -1,4 +1,4 @@
-"""Tests of the folders that save_linearized writes: which models they restore, and which changes and damages are refused."""
+"""Tests of the folders that save_linearized writes: restoring models from them, and refusing changed or damaged files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def replaced(model: nn.Module, **options: Any) -> nn.Module:
 
 
 def small_timm(name: str = "vit_tiny_patch16_224", **arguments: Any) -> nn.Module:
-    """Create a timm model like `vix train`, which records the arguments. Its images have 32 x 32 pixels."""
+    """Return a small timm model for images of 32 x 32 pixels. `make_model` records its arguments, as in `vix train`."""
     sizes = dict(img_size=32, patch_size=4, embed_dim=64, num_heads=2, depth=2, num_classes=7)
     return make_model({"model": f"timm:{name}"}, sizes | arguments).host
 
@@ -58,7 +58,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def change(folder: Path, change: Callable[[dict], Any]) -> None:
-    """Change linearized.json in `folder`."""
+    """Apply `change` to the contents of linearized.json in `folder`."""
     path = folder / "linearized.json"
     config = json.loads(path.read_text())
     change(config)
@@ -99,7 +99,7 @@ def test_the_digest_of_earlier_versions_is_accepted(saved: Path) -> None:
 def test_other_settings_are_refused(
     build: Callable[..., nn.Module], first: dict[str, Any], second: dict[str, Any], options: dict[str, Any], tmp_path: Path
 ) -> None:
-    """The models have the same parameters and compute different functions."""
+    """The models have the same parameters, but compute different functions."""
     save_linearized(replaced(build(**first), **options), tmp_path)
     load_linearized(tmp_path, build(**first))
     with pytest.raises(ValueError, match="model: expected the architecture that .* describes, got another one"):
@@ -132,7 +132,10 @@ def test_arguments_of_timm_models_are_saved(arguments: dict[str, Any], tmp_path:
 
 
 def test_a_model_that_cannot_be_created_is_reported(tmp_path: Path) -> None:
-    """The reason is known before and after the replacement. Models with nn.MultiheadAttention are never created."""
+    """The reason is the same before and after the replacement. It is empty for a model with nn.MultiheadAttention.
+
+    load_linearized never creates such models.
+    """
     model = small_timm(act_layer=nn.ReLU)
     before = reason_against_creating(model)
     assert "expected the architecture that linearized.json describes, got another one" in before
@@ -179,7 +182,7 @@ def test_an_interrupted_call_can_be_repeated(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_pruned_model_is_saved_and_loaded_into_another(tmp_path: Path) -> None:
-    """A pruned model has no config, so that it cannot be created from a folder."""
+    """A pruned model has no config, so load_linearized cannot create it."""
 
     def pruned() -> nn.Module:
         model = create_model("vit_tiny", img_size=32, patch_size=8, num_classes=3)

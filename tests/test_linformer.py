@@ -156,7 +156,7 @@ def test_masked_agents_have_no_influence(backend: str) -> None:
 @NO_TRITON
 @pytest.mark.skipif(DEVICE != "cpu", reason="traffic is counted in the interpreter")
 def test_forward_traffic_is_near_the_minimum() -> None:
-    """Measure the launches for sm_90, including partial sums of chunks. More slots or wider heads result in fewer chunks."""
+    """Measure the traffic for sm_90, including partial sums of chunks. More slots or wider heads result in fewer chunks."""
     from vix_kernels.measure.traffic import measure
 
     spec = SPECS["linformer_attention"]

@@ -54,7 +54,7 @@ def test_a_run_holds_the_lock_until_it_ends(tmp_path: Path, monkeypatch: pytest.
 def test_the_loser_of_a_race_for_a_new_folder_leaves_it_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
-    """A different run creates the folder and ends while this run is still being set up."""
+    """Another run creates the folder and ends while this run is still being set up."""
     folder = tmp_path / "run"
     build_model = run.build_model
 
@@ -79,7 +79,7 @@ def test_a_new_folder_that_stays_empty_is_removed(tmp_path: Path, monkeypatch: p
 
 
 def test_a_killed_process_does_not_keep_the_lock(tmp_path: Path) -> None:
-    """The lock is released even if a forked process, such as a DataLoader worker, keeps running for a few seconds."""
+    """The lock is released even if a forked process, such as a DataLoader worker, is still running."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:

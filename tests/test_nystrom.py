@@ -125,7 +125,7 @@ def test_samples_are_independent_only_with_exact_pinv_init(backend: str) -> None
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_as_many_landmarks_as_tokens_give_softmax_attention(backend: str) -> None:
-    """With one landmark per token, the matrix A contains all attention weights, and the iteration converges to its inverse."""
+    """With one landmark per token, the iteration converges to the inverse of the matrix of all attention weights."""
     q, k, v = tokens(12, spread=1.5)
     exact = nn.functional.scaled_dot_product_attention(q, k, v)
     out = nystrom_attention(q, k, v, num_landmarks=12, pinv_iterations=30, backend=backend)

@@ -1,4 +1,4 @@
-"""Tests of bench/on_gpu.sh that run without a GPU."""
+"""Tests of bench/on_gpu.sh that run without a GPU. The script runs parts, such as timing, and each part runs jobs."""
 
 from __future__ import annotations
 

@@ -198,7 +198,7 @@ def test_gradcheck(spec: OpSpec, case: Case, backend: str) -> None:
 
 @pytest.mark.parametrize("name", ["performer_attention", "feature_attention", "agent_attention"])
 def test_gradients_in_separate_launches(name: str) -> None:
-    """The launch table can compute gradients in two launches that otherwise take one. This is true of few slots, too."""
+    """Test launch table entries with apart=True. They compute gradients in two launches instead of one, even with few slots."""
     launch_table = pytest.importorskip("vix_kernels._triton.launch_table", reason="Triton is not installed here")
     tile = launch_table.INTERPRETER._replace(apart=True)
     kernels = "broadcast_slots", "broadcast_slots_heavy", "aggregate_tokens", "aggregate_tokens_heavy"
@@ -211,7 +211,7 @@ def test_gradients_in_separate_launches(name: str) -> None:
 
 @each_operator()
 def test_a_single_gradient_equals_that_of_a_full_backward(spec: OpSpec, backend: str) -> None:
-    """If only one input requires a gradient, the backward may skip work, but the gradient must stay bit-identical."""
+    """If only one input requires a gradient, the backward pass may skip work, but the gradient must stay bit-identical."""
     problem = spec.problem(spec.fit(Case("alone", batch=1)), device=DEVICE)
     together = dict(zip(spec.differentiable, run(problem, backend=backend)[1], strict=True))
     for name, expected in together.items():
@@ -286,7 +286,7 @@ def test_empty_batch(spec: OpSpec, backend: str) -> None:
 
 
 class Record(TorchDispatchMode):
-    """A dispatch mode that records the calls of registered operators, with their arguments.
+    """A dispatch mode that records the calls to registered operators, with their arguments.
 
     `with Record() as calls` binds `calls` to the list of recorded calls.
     """
@@ -312,7 +312,7 @@ def test_opcheck(spec: OpSpec, case: Case, backend: str) -> None:
     """Check the schemas and fake kernels of registered operators and, for the last case of each op, dynamic shapes."""
     with Record() as calls:
         run(spec.problem(case, device=DEVICE), backend=backend)
-    assert len(calls) >= 2  # a forward and a backward
+    assert len(calls) >= 2  # a forward operator and a backward operator
     for function, args in calls:
         args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
         torch.library.opcheck(function, args, test_utils=DYNAMIC_TOO if case is spec.cases[-1] else SCHEMA_AND_FAKE)
@@ -320,7 +320,7 @@ def test_opcheck(spec: OpSpec, case: Case, backend: str) -> None:
 
 @each_operator()
 def test_compiles_without_graph_breaks(spec: OpSpec, backend: str) -> None:
-    """Compile the forward and the backward once, and run them with two sequence lengths."""
+    """Compile the forward and backward passes once, and run them with two sequence lengths."""
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda problem, *leaves: spec.function(*leaves, **problem.options, backend=backend),

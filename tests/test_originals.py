@@ -60,7 +60,7 @@ def test_equals_the_original(name: str, backend: str) -> None:
 
 
 # Two numbers that were measured on each original model for one image: the multiply-adds in millions (excluding Fourier
-# transforms), and the size in MiB of the tensors that training keeps for backward (excluding parameters).
+# transforms), and the size in MiB of the tensors kept for the backward pass (excluding parameters).
 WORK = {
     "ViT": (1614, 96.7),
     "HybridViT": (1708, 89.1),
@@ -79,7 +79,7 @@ WORK = {
 
 @pytest.mark.parametrize("name", WORK)
 def test_the_reference_backend_does_as_much_work_as_the_original(name: str) -> None:
-    """The amount of work is equal, so the reference backend is a fair baseline for speed if the original is not installed."""
+    """The reference backend does as much work as the original models, so it is a fair speed baseline for them."""
     expected = golden.load(name)
     model = from_original(name, expected.config, expected.state, backend="reference")
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}

@@ -1,4 +1,4 @@
-"""Test that the files in docs/kernels.md and one import line are enough to add an attention to a copy of the package."""
+"""Test that the files in docs/kernels.md and one import line are enough to add an attention operator to the package."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ model(torch.randn(1, 3, 32, 32)).last_hidden_state.sum().backward()
 
 
 def test_the_command_line_measures_the_new_attention(tree: Path) -> None:
-    """Benchmark the new attention and SDPA. Then compile the new attention for a GPU, and measure its memory traffic."""
+    """Benchmark the new operator and SDPA. Then compile the new operator for a GPU, and measure its memory traffic."""
     vix = "-m", "vix_kernels"
     sizes = ["--values", "64", "--batch", "1", "--heads", "2", "--width", "16", "--rounds", "1"]
     table = run(tree, *vix, "bench", *SMALL, *sizes, "--provider", "torch", "reference", "sdpa")

@@ -298,7 +298,7 @@ def test_configs_that_do_not_fit_the_processes_are_refused() -> None:
 
 
 def test_models_of_timm_are_sharded_by_blocks(tmp_path: Path) -> None:
-    """The results match those of a single process, which can resume the run."""
+    """The results match those of a single process. The run can be resumed in a single process."""
     pytest.importorskip("timm")
     (tmp_path / "sharded.py").write_text(SHARDED)
     run = ["train", "--model", "timm:vit_tiny_patch16_224", "--epochs", "1", "-b", "72", "--no-aug", "--attention", "nystrom"]

@@ -1,6 +1,6 @@
-"""Tests of `patch` for models of performer-pytorch, nystrom-attention and linformer.
+"""Tests of `patch` for performer-pytorch, nystrom-attention and linformer models.
 
-A patched model has the same weights, outputs and gradients as the model of the package.
+A patched model has the same weights, outputs and gradients as the package's model.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PACKAGES = {name: "performer_pytorch" for name in ("Performer", "PerformerLM", "
     "Linformer": "linformer",
     "LinformerLM": "linformer",
 }
-MODELS = ("PerformerLM", "Nystromformer", "Linformer")  # one model of each package
+MODELS = ("PerformerLM", "Nystromformer", "Linformer")  # one model from each package
 
 
 def built(name: str, **options: Any) -> nn.Module:

@@ -63,7 +63,7 @@ def test_never_underflows(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_large_gradients_of_many_tokens_stay_finite(backend: str, dtype: torch.dtype) -> None:
-    """The gradient with respect to the slots' values is a sum over tokens, which overflows in float16. dq, dk and dv do not."""
+    """In the backward pass, an intermediate sum over tokens overflows float16, but the gradients of q, k and v do not."""
     q, k, v = (torch.randn(1, 1, 300, 16, device=DEVICE).to(dtype).requires_grad_() for _ in range(3))
     w = orthogonal_projection(2, 16, seed=0).to(DEVICE)
     dout = torch.full((1, 1, 300, 16), 500.0, device=DEVICE, dtype=dtype)

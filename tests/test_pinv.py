@@ -1,4 +1,7 @@
-"""Tests of the pseudo-inverse in Nystrom attention."""
+"""Tests of the pseudo-inverse in Nystrom attention.
+
+A is the matrix of softmax weights between query landmarks and key landmarks, and Z is its pseudo-inverse.
+"""
 
 from __future__ import annotations
 
@@ -144,7 +147,7 @@ def test_equal_columns_share_the_gradient_of_the_init(init: str, backend: str) -
 
 
 def test_without_valid_tokens_results_and_gradients_are_zero(backend: str) -> None:
-    """All inputs are NaN."""
+    """If all landmarks are empty, the result and the gradients are 0, even if all inputs are NaN."""
     tensors = [torch.full((1, 1, 5, 16), float("nan"), device=DEVICE) for _ in range(3)]
     counts = torch.zeros(1, 5, device=DEVICE)
     function = partial(pinv, scale=SCALE, q_counts=counts, k_counts=counts, backend=backend)

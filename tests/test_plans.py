@@ -133,8 +133,8 @@ def test_replays_without_gradients(spec: OpSpec, poisoned: None, monkeypatch: py
 def test_operations_between_launches() -> None:
     """Replays repeat PyTorch operations.
 
-    `agent_attention` masks the agents with a PyTorch operation. Both passes of the attention use the agents, so autograd adds
-    the two gradients of the agents.
+    `agent_attention` masks the agents with a PyTorch operation. Both of its softmax attention steps use the agents, so autograd
+    adds the two gradients of the agents.
     """
     q, agents = torch.randn(2, 2, 37, 16).requires_grad_(), torch.randn(2, 2, 8, 16).requires_grad_()
     mask = torch.rand(2, 8) > 0.3
@@ -230,7 +230,7 @@ def test_arguments_without_a_signature(arguments: Callable) -> None:
 def test_equal_addresses() -> None:
     """A call whose arguments have equal addresses is not recorded, because a plan identifies arguments by address.
 
-    A plan that was recorded for different addresses can replay it.
+    A plan recorded from a call with distinct addresses can replay such a call.
     """
     x, y = leaves(4, 8)
     for _ in range(3):
@@ -404,7 +404,7 @@ class TestAutograd:
             out.sum().backward()
 
     def test_changes_of_tensors_that_are_not_saved(self, calls: int) -> None:
-        """Backward reads exp(y) instead of y, and does not read the output, so y and the output may change before backward."""
+        """The backward pass reads exp(y), but neither y nor the output, so these two may change before it runs."""
         x, y, out = self.output(calls)
         with torch.no_grad():
             y.add_(1)
@@ -431,7 +431,7 @@ class TestAutograd:
         assert torch.equal(dx, torch.stack([y.exp(), 2 * y.exp()]))
 
     def test_storages_that_are_allocated_again(self, calls: int) -> None:
-        """FSDP frees the storages of parameters after forward, and allocates them again before backward."""
+        """FSDP frees the storages of parameters after the forward pass, and allocates them again before the backward pass."""
         x, y, out = self.output(calls)
         storage, values = x.untyped_storage(), x.detach().clone()
         size = storage.nbytes()
@@ -564,7 +564,7 @@ def test_outputs_with_another_dtype() -> None:
 
 
 def test_calls_without_backward_passes() -> None:
-    """If the backward passes of recorded calls never run, later calls are recorded."""
+    """If the backward pass of a recorded call never runs, a later call is recorded instead."""
     tensors = leaves(4, 8)
     for _ in range(20):
         product(*tensors)
@@ -623,7 +623,7 @@ def test_threads() -> None:
 
 
 def test_memory() -> None:
-    """Many signatures need a bounded amount of memory, and plans keep no tensors of calls."""
+    """Memory stays bounded for many signatures, and plans keep no references to the tensors of a call."""
     import weakref
 
     tensors = leaves(4, 8)

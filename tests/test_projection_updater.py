@@ -1,4 +1,4 @@
-"""Tests of ProjectionUpdater, which redraws the random features of models of performer-pytorch during training."""
+"""Tests of ProjectionUpdater, which redraws the random features of performer-pytorch models during training."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_projection_updater_redraws_patched_models(reversible: bool, automat
 
 
 def test_our_projection_updater_matches_the_package() -> None:
-    """It redraws modules of the package and of this library. The package's updater does not find the latter."""
+    """Our updater redraws the features of the package's modules and of ours. The package's updater skips our modules."""
     package = pytest.importorskip("performer_pytorch", reason="performer_pytorch is not installed")
     ours = nn.Sequential(nn.Linear(2, 2), performer_integration.FastAttention(8), package.FastAttention(8))
     updater, host = performer_integration.ProjectionUpdater(ours, 2), package.ProjectionUpdater(ours, 2)

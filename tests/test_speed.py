@@ -1,4 +1,4 @@
-"""Tests of `Report.measure`, and of the warning that a replaced attention is expected to be slower."""
+"""Tests of `Report.measure`, and of the warning that the replacement is expected to be slower."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_short_functions_are_repeated() -> None:
 
 
 class Looped(nn.Module):
-    """Calls the first attention with 24 and 16 tokens, and never calls the second. Raises an error in call number `fails`."""
+    """Calls its first attention layer with 24 and 16 tokens, and never its second. Raises an error in call number `fails`."""
 
     def __init__(self) -> None:
         super().__init__()

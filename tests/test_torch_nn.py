@@ -36,7 +36,7 @@ def padding():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Record calls to the attention that replaces softmax attention."""
+    """Return a list with one entry for each call to `DropIn`, which replaces softmax attention."""
     from vix_kernels.integrations.drop_in import DropIn
 
     recorded = []

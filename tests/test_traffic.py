@@ -42,7 +42,7 @@ def added(x: Tensor, programs: int = 3) -> Tensor:
 
 
 def performer(tokens: int, batch: int = 4, heads: int = 4, features: int = 110, **options) -> Traffic:
-    """Measure the forward and backward of Performer attention with head width 32, with gradients of q, k and v.
+    """Measure the forward and backward passes of Performer attention with head width 32 and gradients of q, k and v.
 
     The dtype is float16, because the interpreter takes half as long as with bfloat16. Launches and traffic are the same.
     """
@@ -115,9 +115,9 @@ def test_packed_tokens_count_like_separate_tensors() -> None:
 
 
 def test_the_minimum_is_arguments_and_results() -> None:
-    """The minimum of the forward includes q, k, v and out. The minimum of the backward also includes dout, dq, dk and dv.
+    """The minimum includes q, k, v and out in the forward pass, and also dout, dq, dk and dv in the backward pass.
 
-    Each minimum includes the random features once, and no softmax statistics.
+    In both passes, it includes the random features once, and no softmax statistics.
     """
     traffic = performer(100, 2, 3, 40)
     token_bytes, features = 2 * 3 * 100 * 32 * 2, 40 * 32 * 4
@@ -168,7 +168,7 @@ def test_performer_backward(long: Traffic) -> None:
 
 
 def test_nystrom_forward() -> None:
-    """The forward reads q, k and v twice and writes the output. It takes 4 launches, or 5 if it merges chunks."""
+    """The forward pass reads q, k and v twice and writes the output. It takes 4 launches, or 5 if it merges chunks."""
     q, k, v = torch.randn(3, 1, 1, 4096, 32, dtype=torch.bfloat16)
     weight, minimum = torch.randn(1, 1, 33, 1), 7 * q.nbytes
     for split, launches in ((False, 4), (True, 5)):
@@ -180,7 +180,7 @@ def test_nystrom_forward() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_a_mask_adds_no_launches(dtype: torch.dtype) -> None:
-    """Nystrom attention takes 4 launches forward and 8 backward, with a mask and without. No PyTorch operator is among them."""
+    """Nystrom attention launches 4 Triton kernels forward and 8 backward, with and without a mask, and no PyTorch operators."""
     q, k, v, weight = (x.requires_grad_() for x in (*torch.randn(3, 2, 2, 100, 32, dtype=dtype), torch.randn(2, 1, 33, 1)))
     for mask in (None, torch.arange(100) < torch.tensor([[60], [0]])):
         options = dict(num_landmarks=16, conv_weight=weight, key_padding_mask=mask, backend="triton", split=False)
@@ -227,7 +227,7 @@ def test_the_traffic_command(capsys: pytest.CaptureFixture) -> None:
     assert main(["dev", "traffic", "--batch", "1", "--heads", "1", "--tokens", "64", "--all-gradients", "--arch", "sm_80"]) == 0
     out = capsys.readouterr().out
     assert "performer_attention backward" in out and "aggregate_slots_kernel" in out and "launched as on sm_80" in out
-    assert "in all, 1.000 of the least" in out  # the line for RoPE
+    assert "in all, 1.000 of the minimum" in out  # the line for RoPE
     with pytest.raises(SystemExit):
         main(["dev", "traffic", "--width", "300"])
     assert capsys.readouterr().err == (

@@ -210,7 +210,7 @@ def test_undecodable_file_names_are_printed(run: Path, tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("mixer", ["vit", "vip", "vin", "vil"])
 def test_the_attention_map_is_the_row_of_the_class_token(mixer: str) -> None:
-    """The map agrees with `attention_weights` and, without the residual convolution, with the output of the attention.
+    """The map agrees with `attention_weights` and, without the residual convolution, with the output of the attention layer.
 
     For softmax attention, it also agrees with softmax(q k^T / sqrt(D)).
     """

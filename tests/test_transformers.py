@@ -35,7 +35,7 @@ def text(tokens=24):
 
 
 def test_nystrom_with_all_landmarks_reproduces_bert():
-    """Padding must be masked: transformers silently drops the mask of an attention that has no mask function."""
+    """Padding must be masked: transformers silently drops the mask of an implementation without a mask function."""
     model, (ids, mask) = bert(), text()
     expected = model(ids, attention_mask=mask).last_hidden_state
     padded = model(ids).last_hidden_state
@@ -142,7 +142,7 @@ def test_unsupported_arguments_raise():
 
 
 def test_dropout_is_ignored_on_request():
-    """BERT has an attention dropout of 0.1 by default."""
+    """By default, BERT applies a dropout of 0.1 to attention weights."""
     model, (ids, mask) = bert(hidden_dropout_prob=0.0), text()
     integration.register(nystrom=EXACT | dict(dropout="ignore"))
     model.set_attn_implementation("vix_nystrom")

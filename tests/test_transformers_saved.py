@@ -1,4 +1,4 @@
-"""Tests that save_pretrained and from_pretrained of transformers keep the attention of a model."""
+"""Tests that save_pretrained and from_pretrained of transformers keep a model's attention implementation."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def run(model: nn.Module) -> Tensor:
 
 
 def loads_like(model: nn.Module, folder: Path) -> nn.Module:
-    """Save `model`, register the default options again, and check that loaded models and copies are bit-identical."""
+    """Save and load `model`. Check that loaded models and copies give bit-identical outputs. Return the loaded model."""
     expected, entries = run(model), set(vars(model.config))
     model.save_pretrained(folder)
     assert set(vars(model.config)) == entries
@@ -76,7 +76,7 @@ def test_a_registered_attention_is_restored_with_its_options(op: str, tmp_path: 
     loaded = loads_like(model, tmp_path)
     assert loaded.config._attn_implementation.startswith(f"vix_{op}(")
     assert torch.equal(run(type(model).from_pretrained(tmp_path, attn_implementation="sdpa").eval()), softmax)
-    if op == "nystrom":  # a different attention of this library
+    if op == "nystrom":  # a different operator of this library
         other = type(model).from_pretrained(tmp_path, attn_implementation="vix_performer")
         assert other.config._attn_implementation == "vix_performer" and not hasattr(other.config, "vix_attention")
         loaded.set_attn_implementation("vix_nystrom")  # the options of `register` again
@@ -197,7 +197,10 @@ def test_all_models_from_one_configuration_have_the_attention(layers: list[str] 
 
 @pytest.mark.parametrize("how", ["name", "layers"])
 def test_a_saved_configuration_describes_the_attention(how: str, tmp_path: Path) -> None:
-    """Also the configuration of a part. Configurations of models with softmax attention are saved as before."""
+    """The saved configurations of a model and of its vision part describe the attention layers.
+
+    Configurations with softmax attention get no additional entries.
+    """
     model = clip()
     if how == "name":
         integration.register(nystrom=dict(num_landmarks=4))
@@ -294,7 +297,7 @@ def test_causal_layers_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_saved_model_loads_in_a_new_process(tmp_path: Path) -> None:
-    """If the integration is not imported, an error names the attention."""
+    """If the integration is not imported, an error names the attention implementation."""
     model = vit()
     integration.replace_attention(model, "feature", retrain=True, num_features=8)
     model.save_pretrained(tmp_path / "layers")

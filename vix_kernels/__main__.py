@@ -1,4 +1,4 @@
-"""Entry point of the command line, `vix` or `python -m vix_kernels`."""
+"""Entry point of the commands `vix` and `python -m vix_kernels`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     parser = Parser(prog="vix", epilog=COMMANDS)
     parser.add_argument("--version", action="version", version=f"vix_kernels {__version__}")
-    parser.add_argument("--import", metavar="MODULE", help="import this module first, for example to register attentions")
+    parser.add_argument(
+        "--import", metavar="MODULE", help="import this module first, for example to register attention methods"
+    )
     parser.add_argument("command", nargs=argparse.PARSER, choices=commands)  # the command and its arguments
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

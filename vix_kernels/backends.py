@@ -24,7 +24,7 @@ def triton_installed() -> bool:
 
 @cache  # Triton also reads TRITON_INTERPRET only once, when the kernels are defined
 def interpreted() -> bool:
-    """Return whether Triton's interpreter is on. It runs the kernels in NumPy, on CPU tensors."""
+    """Return whether Triton's interpreter is enabled. It runs the kernels in NumPy, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -77,17 +77,14 @@ def gpu_architecture(index: int) -> str:
 
 
 def is_current(device: torch.device) -> bool:
-    """Return whether kernels for `device` can be launched without changing the current device. Always True for the CPU.
-
-    Autograd's backward threads do not inherit the caller's current device.
-    """
+    """Return whether kernels for `device` can be launched without changing the current device. Always True for the CPU."""
     return device.index is None or device.index == torch.cuda.current_device()
 
 
 def tf32_allowed() -> bool:
-    """Return whether PyTorch allows TF32 in float32 products.
+    """Return whether PyTorch allows TF32 in float32 matrix products.
 
-    `allow_tf32` and `set_float32_matmul_precision` change the setting that is read here.
+    `torch.backends.cuda.matmul.allow_tf32` and `torch.set_float32_matmul_precision` change this setting.
     """
     return torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32"
 

@@ -104,7 +104,7 @@ def print_table(headings: Iterable[str], rows: Iterable[Iterable[str]], widths: 
 
 
 def progress(text: str) -> None:
-    """Replace the current line of a terminal with `text`. Print nothing if stderr is a file or a pipe."""
+    """Replace the current line of the terminal with `text`. Print nothing if stderr is not a terminal."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 

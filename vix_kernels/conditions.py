@@ -32,7 +32,7 @@ class Conditions:
 
 
 class Recording(threading.local):
-    """The Recorder (recorder.py) that receives the launches of this thread, or None. Recorded launches are also executed."""
+    """Holds the current thread's Recorder (recorder.py), or None. The Recorder receives launches, and also executes them."""
 
     recorder: Any = None
 

@@ -7,14 +7,14 @@ AOTInductor, with a dynamic batch size:
     path = torch._inductor.aoti_compile_and_package(program)
 
 The exported program contains this library's operators, with the backend that was selected for the example inputs. A process
-must import vix_kernels before it loads the program. The program has no gradients, so run it under torch.no_grad(). To run a
-program where only PyTorch is installed, use `decomposed`, which replaces the operators with plain PyTorch.
+must import vix_kernels before it loads the program. The program does not support gradients, so run it under torch.no_grad(). To
+run a program where only PyTorch is installed, use `decomposed`, which replaces the operators with plain PyTorch.
 
 The number of tokens may also be dynamic, unless rotary tables, a grid or a model's image size fix it. The minimum of its
 range must be at least the number of landmarks or agents plus the number of prefix tokens. With Linformer attention, the maximum
 must be at most the number of rows of the projections. If each head has separate projections, the maximum must be less than
-this number. With landmarks="pad_front", if the length of the example is a multiple of num_landmarks, the program accepts only
-multiples of num_landmarks. Otherwise, it accepts all lengths except multiples.
+this number. With landmarks="pad_front", if the number of tokens in the example is a multiple of num_landmarks, the program
+accepts only multiples of num_landmarks. Otherwise, it accepts only numbers of tokens that are not multiples.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ LARGEST = 3 * 2**29  # bytes of weights; for larger models, torch would write th
 
 
 def decomposed(program: ExportedProgram) -> ExportedProgram:
-    """Return an equivalent program that uses only PyTorch's operators, runs without this library and supports gradients.
+    """Return an equivalent program that uses only PyTorch operators, runs without this library and supports gradients.
 
     The returned program materializes tokens x slots matrices. For 16-bit dtypes, it still computes sums and statistics in
     float32.
@@ -270,8 +270,7 @@ def _transform_by_products(x: Tensor) -> Tensor:
 
     C and C' are the cosine matrices for the tokens and the channels, and S and S' are the corresponding sine matrices.
 
-    For most numbers of tokens, onnxruntime's DFT operator takes 40 times as long as these products. The operator's results also
-    have two fewer correct digits.
+    onnxruntime's DFT operator is several times slower than these products, and its results have two fewer correct digits.
     """
 
     def table(size: int) -> tuple[Tensor, Tensor]:

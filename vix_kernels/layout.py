@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 def unit_last_stride(x: Tensor) -> Tensor:
-    """Return `x` with unit stride along the channels. Copy it only if necessary, for example if `x` is an expanded gradient."""
+    """Return `x`, or a contiguous copy if neither the stride nor the size of the last dimension is 1."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def empty_like_tokens(x: Tensor, width: int) -> Tensor:
     """Return an empty (batch, heads, tokens, width) tensor whose heads and tokens have the same memory order as in `x`.
 
-    If `x` is a view of a linear layer's output, the result can be viewed as the input of the next linear layer.
+    If `x` is a view of a linear layer's output, the result can be reshaped for the next linear layer without a copy.
     """
     batch, heads, tokens, _ = x.shape
     if x.stride(1) < x.stride(2):
@@ -39,7 +39,7 @@ class Rotary(NamedTuple):
     """Tables of the rotary embedding for all tokens (ops/rope.py), in the form that the primitives expect.
 
     Attributes:
-        cos, sin: (heads or 1, tokens, R / 2), for the first R channels. float32. For float64 tokens, float64 is also valid.
+        cos, sin: (heads or 1, tokens, R / 2), for the first R channels. float32 (for float64 tokens, float64 is also valid).
         interleaved: whether channels (2i, 2i + 1) form a pair. If not, channels (i, i + R / 2) do.
         angles: the angles from which cos and sin were computed, or None if the angles do not require a gradient.
     """
@@ -88,7 +88,7 @@ class LandmarkGradients(NamedTuple):
 
     Attributes:
         dq_other, dk_other: gradients of q and k that do not flow through the landmarks, or None if there are none.
-        dq_marks, dq_marks_2, dk_marks, dk_marks_2: the two terms of each landmark gradient. The second one is optional.
+        dq_marks, dq_marks_2, dk_marks, dk_marks_2: the two terms of each landmark gradient. The second term is optional.
     """
 
     dq_other: Tensor | None = None
@@ -107,5 +107,5 @@ def flattened(rotary: Rotary | None) -> tuple[Tensor | None, Tensor | None, Tens
 
 
 def joined(cos: Tensor | None, sin: Tensor | None, interleaved: bool) -> Rotary | None:
-    """Combine three results of `flattened` into a Rotary without angles, or None if there are no tables."""
+    """Return a Rotary with the tables cos and sin and without angles, or None if a table is None."""
     return None if cos is None or sin is None else Rotary(cos, sin, interleaved)

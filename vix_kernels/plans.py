@@ -2,9 +2,10 @@
 
 On small inputs, the Python code of an eager call (argument checks, autograd nodes, launch configurations) takes longer than its
 kernels. What this code does depends on the signature of the call (sizes, strides, dtypes, alignment and options), but not on
-the values of its tensors. `planned` therefore records a call with each signature. Later calls with this signature do not run
-the code again. They allocate the outputs and workspaces, and launch the same kernels with new addresses, so their results are
-bit-identical. If an input requires a gradient, both passes of a call are recorded, and replays start when both are known.
+the values of its tensors. `planned` therefore records a call for each signature. Later calls with the same signature do not run
+this code. They allocate the outputs and workspaces, and launch the same kernels with new addresses, so their results are
+bit-identical. If an input requires a gradient, replays start after the forward and backward passes of a call have been
+recorded.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from .replay import Location, PassPlan, launcher
 MAX_SIGNATURES = 1024  # maximum number of entries; a full table is cleared before an entry is added
 OPTIONS = {type(None), bool, int, float, str, torch.dtype}  # types of arguments whose value is part of the signature
 
-entries: dict[tuple, Entry] = {}  # by signature
+entries: dict[tuple, Entry] = {}  # indexed by signature
 
 
 def planned(function: Callable) -> Callable:
@@ -36,7 +37,7 @@ def planned(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        # While a compiler traces this call, is_compiling() is True, so the compiled program contains only the function.
+        # While a compiler traces this call, is_compiling() is True, so the compiled program contains no replay.
         if torch.compiler.is_compiling() or not on_gpu(args, kwargs) or not replays_allowed():
             return function(*args, **kwargs)
         grad_enabled, tensors = torch.is_grad_enabled(), []
@@ -112,7 +113,7 @@ def describe(values: Iterable[Any], key: list[Any], tensors: list[Tensor]) -> bo
 
 
 def replace_tensors(values: Iterable[Any], tensors: Iterator[Tensor]) -> list[Any]:
-    """Return the arguments with their tensors replaced by `tensors`, which are in the order in which `describe` finds them."""
+    """Return the arguments with their tensors replaced by `tensors`, in the order in which `describe` finds them."""
     results = []
     for x in values:
         if isinstance(x, Tensor):
@@ -126,14 +127,14 @@ def replace_tensors(values: Iterable[Any], tensors: Iterator[Tensor]) -> list[An
 
 @dataclass
 class CallPlan:
-    """The plan of a call, and of its backward pass if an input requires a gradient.
+    """The plan of a call, and of its backward pass if an input requires a gradient. See replay.py for sources and bases.
 
     Attributes:
         forward: plan of the forward pass. Its sources are the tensors of the call.
         single: whether the function returns a tensor instead of a tuple.
         saved: indices of the bases of the forward pass that are saved for the backward pass.
         backward: plan of the backward pass. Its sources are the saved bases, then the gradients of the outputs.
-        strides: strides of the gradients of the outputs, as they were recorded.
+        strides: recorded strides of the gradients of the outputs.
     """
 
     forward: PassPlan
@@ -161,7 +162,7 @@ class CallPlan:
 
 @dataclass
 class Entry:
-    """What is known about the calls with one signature.
+    """State of the calls with one signature.
 
     Attributes:
         plan: the plan of these calls, or None until it is complete.
@@ -190,7 +191,7 @@ class Entry:
 def record(
     entry: Entry, function: Callable, args: tuple, kwargs: dict[str, Any], tensors: list[Tensor], needs_backward: bool
 ) -> Any:
-    """Run and record a call.
+    """Run and record a call, and return its result.
 
     If the call needs a backward pass, but its forward pass cannot be replayed, the function runs again, so that the result has
     an ordinary autograd graph.
@@ -213,12 +214,12 @@ def record(
 
 
 def arguments(tensors: Sequence[Tensor]) -> dict[int, Location]:
-    """Return the location of each tensor of a call: tensor i is source i of the plan (see replay.py), from its start."""
+    """Return the location of each tensor of a call. Tensor i starts at offset 0 of source i of the plan (see replay.py)."""
     return {i: Location(i, 0) for i in range(len(tensors))}
 
 
 def differentiate(results: Sequence[Tensor], inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return the gradient of each input, or None if it requires none."""
+    """Return the gradient of each input, or None for an input that does not require a gradient."""
     wanted = [x for x in inputs if x.requires_grad]
     found = iter(torch.autograd.grad(results, wanted, gradients, retain_graph=True, allow_unused=True))
     return [next(found) if x.requires_grad else None for x in inputs]
@@ -265,7 +266,7 @@ class _Record(torch.autograd.Function):
         recorder, ctx.recorder, results, inputs = ctx.recorder, None, ctx.results, ctx.inputs
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.results = ctx.inputs = None  # free their memory
-        # The recorder is None in a second backward pass of the same call.
+        # The recorder is None in a second backward pass through the same call.
         if recorder is None or not replays_allowed() or backends.tf32_allowed() != ctx.tf32:
             return None, None, *differentiate(results, inputs, gradients)
         gradients = [dense(x) for x in gradients]
@@ -302,7 +303,10 @@ class _Replay(torch.autograd.Function):
 
 
 def for_each_gradient(backward: Callable, gradients: Sequence[Tensor], level: int) -> list[Tensor | None]:
-    """Call `backward` for each element of a batch of gradients. `level` is the vmap level of the batch dimension."""
+    """Call `backward` for each element of a batch of gradients, and return the batched results.
+
+    `level` is the vmap level of the batch dimension.
+    """
     size = max(len(torch._remove_batch_dim(x, level, 1, 0)) for x in gradients)  # 1 if x has no batch dimension
     parts = [torch._remove_batch_dim(x, level, size, 0) for x in gradients]
     columns = zip(*[backward([x[i] for x in parts]) for i in range(size)], strict=True)

@@ -20,7 +20,7 @@ from .replay import Launch, Location, Operation, PassPlan, Place, Step
 
 ALIGNMENT = 256  # bytes; alignment of the tensors in a workspace
 ALLOCATIONS = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"}
-WRITES = {"copy_", "zero_"}  # operations that only change their first argument
+WRITES = {"copy_", "zero_"}  # operations that change only their first argument
 
 
 @dataclass
@@ -72,7 +72,10 @@ class Recorder(TorchDispatchMode):
         return len({x.data_ptr() for x in inputs} - {base.tensor.data_ptr() for base in self.bases}) == len(inputs)
 
     def find_or_add(self, x: Tensor) -> Place:
-        """Return the place of x. If its storage is not known, x existed before the call, and is added as a constant."""
+        """Return the Place of x (see replay.py).
+
+        If the storage of x is not known, x existed before the call, and is added as a constant.
+        """
         found = self.storages.get(x.untyped_storage()._cdata, [])
         exact = [base for base in found if self.bases[base].start == start_in_storage(x)]
         if len(found) > 1 and not exact:
@@ -94,7 +97,7 @@ class Recorder(TorchDispatchMode):
     # Recording
 
     def run(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        """Call a function, and record its steps as a pass."""
+        """Call `function`, record its steps as one forward or backward pass, and return its result."""
         self.first, self.old = len(self.steps), len(self.bases)
         self.thread = threading.get_ident()
         conditions.recording.recorder = self
@@ -114,7 +117,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if function.namespace == "vix_kernels":
-            with self:  # a mode is off while it handles an operation
+            with self:  # PyTorch disables a mode while it handles an operation
                 return operators[function._opname].implementation(*args)
         results = function(*args, **(kwargs or {}))
         new = results if isinstance(results, tuple | list) else (results,)
@@ -142,11 +145,11 @@ class Recorder(TorchDispatchMode):
     # Plans
 
     def saved(self, results: Iterable[Tensor]) -> list[int]:
-        """Return the bases that the autograd graph of `results` saves for the backward pass.
+        """Return the indices of the bases that the autograd graph of `results` saves for the backward pass.
 
-        Refuse if saved tensors require gradients, but none of them is an argument. A replay saves arguments with their graph,
-        and other tensors without it. If no argument that requires a gradient is saved, differentiating the replay's gradients
-        again would not raise an error.
+        If saved tensors require gradients, but none of these tensors is an argument, `reason` is set, so the call is not
+        replayed. In a replay, saved arguments keep their autograd graph, and other saved tensors do not. Without such an
+        argument, differentiating the replay's gradients again would not raise an error.
         """
         nodes, seen, found, requires_grad = [x.grad_fn for x in results], {None}, {}, False
         while nodes:
@@ -173,13 +176,13 @@ class Recorder(TorchDispatchMode):
         Args:
             sources: locations of the bases that exist before the pass.
             outputs: the outputs of the pass. None for a gradient that is not needed.
-            saved: bases that the backward pass reads, if this is the forward pass.
+            saved: indices of the bases that the backward pass reads, if this is the forward pass.
         """
         steps, locations = self.steps[self.first :], dict(sources)
         indices = count(1 + max(base for base, _ in sources.values()))
 
         def put(offsets: dict[int, int]) -> None:
-            """Put all bases in `offsets` into the next base of the replayed pass, each at its offset in bytes."""
+            """Map all recorded bases in `offsets` to one new base of the replayed pass, each at its offset in bytes."""
             index = next(indices)
             locations.update({base: Location(index, offset) for base, offset in offsets.items()})
 

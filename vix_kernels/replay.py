@@ -1,7 +1,8 @@
 """The steps of a recorded pass, and how to replay them with other tensors. See plans.py.
 
-Every tensor that a step reads or writes is a base or a part of one. The bases of a pass are, in this order: its sources, the
-outputs and workspaces that it allocates, constants, and the results of operations.
+Every tensor that a step reads or writes is a base or a part of a base. The bases of a pass are, in this order: its sources, the
+outputs and workspaces that it allocates, constants, and the results of operations. The sources of a forward pass are the
+arguments. The sources of a backward pass are the saved bases and the gradients of the outputs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from . import backends
 
 @functools.cache
 def launcher() -> Any:
-    """Return the module that launches compiled kernels. It is imported late, because Triton may not be installed."""
+    """Return the module that launches compiled kernels. The import is deferred, because Triton may not be installed."""
     from ._triton import compiled
 
     return compiled
@@ -95,7 +96,7 @@ class Launch(Step):
 
 @dataclass
 class Operation(Step):
-    """An operation of PyTorch that returns new tensors, or that changes a tensor of the pass and has no results.
+    """A PyTorch operation that returns new tensors, or that modifies a tensor of the pass in place and has no results.
 
     `args` are the leaves of its positional and keyword arguments.
     """
@@ -124,8 +125,8 @@ class PassPlan:
         allocations: size, stride and dtype of the outputs and workspaces.
         constants: tensors that existed before the call, but are not arguments, such as cached tables.
         steps: launches and operations.
-        outputs: for each output, the index of a base if the output is that whole base, or else a Place. None for a gradient
-            that is not needed.
+        outputs: for each output, the index of a base if the output is a whole base, otherwise a Place. None for a gradient that
+            is not needed.
     """
 
     allocations: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]
@@ -140,7 +141,7 @@ class PassPlan:
         for size, stride, dtype in self.allocations:
             bases.append(torch.empty_strided(size, stride, dtype=dtype, device=device))
         bases += self.constants
-        if backends.is_current(device):  # a context would take a microsecond
+        if backends.is_current(device):  # entering a device context takes a microsecond
             self.replay(bases)
         else:
             with torch.cuda.device(device):

@@ -29,7 +29,7 @@ def rows(plan: Plan) -> Iterator[Row]:
     # The processes are spawned, because CUDA cannot be used after a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1 if plan.dry else min(WORKERS, os.cpu_count() or 1), context) as pool:
-        # Complete attention ops are compiled first. They launch most of the primitives' kernels, which are then already cached.
+        # Primitives are compiled last. The other operators launch most of the same kernels, which are then already cached.
         running = {
             pool.submit(run, *each, plan.device): each for each in sorted(tasks(plan), key=lambda task: task[0] in PRIMITIVES)
         }
@@ -45,7 +45,7 @@ def rows(plan: Plan) -> Iterator[Row]:
 
 
 def tasks(plan: Plan) -> Iterator[tuple[str, str, Case]]:
-    """Yield (op, dtype, case) for calls that together compile the kernels of the parts correctness and timing.
+    """Yield (op, dtype, case) for calls that together compile the kernels of the correctness and timing parts.
 
     Kernels are not specialized for the number of tokens, so for timing, a small batch of short sequences is enough.
     """

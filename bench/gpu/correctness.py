@@ -137,7 +137,7 @@ def _equal(xs: list[Tensor], ys: list[Tensor]) -> bool:
 
 
 def smallest() -> None:
-    """Run each operator once on a small problem, forward and backward. sanitizer.py runs this under slow memory checkers."""
+    """Run each operator once on a small problem, forward and backward. sanitizer.py runs this under compute-sanitizer."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for spec in SPECS.values():
         case = spec.fit(Case("small", batch=1, heads=1, tokens=37, width=24, features=20))

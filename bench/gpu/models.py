@@ -1,4 +1,4 @@
-"""Time inference and a training step of every model, of its original implementation, and of the model in plain PyTorch."""
+"""Time inference and a training step of every model, its original implementation, and the model in plain PyTorch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The process that runs a part: its plan, its jobs, and the records it sends to the main process."""
+"""The process that runs a part of bench/on_gpu.sh: its plan, its jobs, and the records it sends to the main process."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Plan:
 
 
 class Job(NamedTuple):
-    """One measurement in a part. `what` contains the columns that identify it and is added to all its rows. `run` runs it."""
+    """One measurement in a part. `run` returns its rows. `what` identifies the measurement, and is added to each row."""
 
     what: Row
     run: Callable[[], Iterable[Row]]
@@ -126,7 +126,7 @@ def inject(failure: str) -> None:
 
 
 def end_with_parent() -> None:
-    """Wait for the parent to end, then kill this process group. This way, no processes remain after a run is killed."""
+    """Wait for the parent to end, then kill this process group, so that no processes remain after a run is killed."""
     multiprocessing.parent_process().join()
     os.killpg(0, signal.SIGKILL)
 

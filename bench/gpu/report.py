@@ -1,4 +1,4 @@
-"""Write the output folder: a summary, all results as JSON, tables as CSV, an archive of pictures and an archive of logs."""
+"""Write the output files: a summary, all results as JSON, tables as CSV, an archive of pictures and an archive of logs."""
 
 from __future__ import annotations
 

@@ -1,19 +1,19 @@
 """Collect all GPU measurements of this checkout in at most {seconds} seconds, without installing it:
-  compile      compile, in parallel, the kernels that the parts correctness and timing use
+  compile      compile, in parallel, the kernels of the correctness and timing parts
   correctness  check the kernels at realistic sizes: against float64, repeatedly, in CUDA graphs, on two streams
   timing       measure device time, wall time and memory of every operator of this library, and of the same
                operations in plain and compiled PyTorch, FlashAttention and other installed packages
   tune         search for faster launch configurations
   suite        run the operators' tests with pytest, the tests of the kernels first
   models       measure inference and a training step of every model: images/s, memory
-  training     train for a short time on each available data set
-  sanitizer    run compute-sanitizer on a small call of each operator
+  training     train for a short time on each available dataset
+  sanitizer    run compute-sanitizer on a small call to each operator
 
 OUT receives summary.md, results.json, timing.csv, models.csv, correctness.csv, tune.csv, logs.zip and pictures.zip. All except
 pictures.zip are written after every part, and every {noted} seconds while a part runs. pictures.zip is written at the end. The
 summary names everything that was skipped for lack of time, memory or a package. It also names every job that ended its process,
-for example because of a crash. The part then continues with its next job in a new process. If a timing ends its process because
-a CUDA graph could not be captured, the new process first repeats the timing without a graph. A part ends early if several
+for example because of a crash. The part then continues with its next job in a new process. If a timing job ends its process
+because a CUDA graph could not be captured, the new process first repeats the job without a graph. A part ends early if several
 successive processes end before any of their jobs succeeds.
 
 Exit status: 0 on success; {failed} if a part failed or the run was stopped; {usage} for wrong arguments; {unavailable} if the

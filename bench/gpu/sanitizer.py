@@ -1,4 +1,4 @@
-"""Run NVIDIA's compute-sanitizer on one small call of each operator, forward and backward."""
+"""Run NVIDIA's compute-sanitizer on one small call to each operator, forward and backward."""
 
 from __future__ import annotations
 

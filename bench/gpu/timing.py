@@ -1,6 +1,7 @@
 """Measure the device and wall times of every operator, and the peak rates of the machine.
 
-Primitives are measured only with Triton, and all other operators with all providers.
+Primitives (vix_kernels.primitives) are measured only with Triton. All other operators are measured with all providers (see
+vix_kernels/measure/providers.py).
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def everyone(op: str) -> tuple[str, ...]:
 
 
 def ceilings(plan: Plan) -> Iterator[Row]:
-    """Measure this machine's peak memory bandwidth with copies, and its peak FLOP/s with torch's matmul of random matrices."""
+    """Measure this machine's peak memory bandwidth with copies, and its peak FLOP/s with products of random matrices."""
     bandwidth = copy_bandwidth(plan.device, 2**10 if plan.dry else 2**30)
     yield ok(op="copy", provider="torch", figure=bandwidth / 1e9, unit="GB/s, read and written")
     for dtype in ("bf16", "fp32"):

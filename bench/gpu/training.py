@@ -1,4 +1,4 @@
-"""Train for a short time on each available data set: digits, and the .npz files in the checkout's data/ folder."""
+"""Train for a short time on each available dataset: digits, and the .npz files in the checkout's data/ folder."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run(dataset: str, plan: Plan) -> Iterator[Row]:
         start = time.perf_counter()
         try:
             history, output = train(config)
-        except UserError as error:  # the files of a data set, or a package that reads them, may be missing
+        except UserError as error:  # the files of a dataset, or a package that reads them, may be missing
             yield skipped(error, **what) if "dataset" in str(error) else failed(error, **what)
             return
         PICTURES.mkdir(exist_ok=True)

@@ -1,11 +1,10 @@
-"""Reimplementations of the original Vision Xformers (arXiv:2107.02239), including their quirks.
+"""Reimplementations of the original Vision Xformers models (arXiv:2107.02239), which can load the original weights.
 
-They can load the weights of the originals.
+They reproduce the quirks of the original models. For new models, use create_model, whose models do not have these quirks.
 
 In ORIGINALS, names without a prefix refer to classes in the repository pranavphoenix/VisionXformer at commit 7ee52ee. In that
 repository, CCN and CCP are called CCT, LeViN and LeViP are called LeViT, and CvN and CvP are called CvT. Names with the prefix
-"wheel_" refer to classes in the package vision_xformer 0.2.0. For new models, use create_model, whose models do not have these
-quirks.
+"wheel_" refer to classes in the vision_xformer package, version 0.2.0.
 """
 
 from __future__ import annotations
@@ -37,11 +36,12 @@ _DERIVED = ("layer_pos_emb.emb", "num_batches_tracked")
 
 @dataclass(frozen=True)
 class Original:
-    """Describes how to build one of the originals.
+    """The specification of an original model.
 
     Attributes:
-        model: the class. Its keyword-only parameters, except `backend`, are the original's constructor arguments.
-        parts: positional arguments for the class. Keyword-only parameters of functions in `parts` are constructor arguments.
+        model: the class. Its keyword-only parameters, except `backend`, are constructor arguments of the original.
+        parts: positional arguments for the class. If a part is a function, its keyword-only parameters are also constructor
+            arguments of the original.
         defaults: defaults of constructor arguments that differ from those in the signatures.
         ignored: constructor arguments that the original accepts but does not use.
         only: constructor arguments for which only one value works, each mapped to that value.
@@ -106,10 +106,10 @@ def from_original(
 
     Args:
         name: the name of the original, such as "ViP" or "wheel_ViP".
-        config: the original's constructor arguments. Most arguments that the original does not use are optional.
+        config: the original's constructor arguments.
         state_dict: the original's state_dict. The rotary table and batch norm's counters may be missing. The unused
-            `pos_embedding` of rotary ViTs and ViLs, including hybrids, is dropped.
-        backend: "reference" runs the published computation, for comparison. "auto", "triton" and "torch" run the ops of
+            `pos_embedding` of rotary ViTs and ViLs, including hybrids, is ignored.
+        backend: "reference" runs the published computation, for comparison. "auto", "triton" and "torch" run the operators of
             vix_kernels where these compute the same function; see originals/mixers.py.
 
     Returns:
@@ -119,7 +119,8 @@ def from_original(
     Raises:
         TypeError: `name` is not a string, or `config` is not a mapping.
         ValueError: `name` or an argument in `config` is unknown; an argument is missing or not supported; or `state_dict` does
-            not fit the model. The message lists all entries that are missing or unexpected, or that have the wrong shape.
+            not match the model. In the last case, the message lists all entries that are missing or unexpected, or that have
+            the wrong shape.
     """
     model = build(name, config, backend=backend)
     original = ORIGINALS[name]
@@ -140,7 +141,7 @@ def build(name: str, config: Mapping[str, Any], *, backend: str = "auto") -> nn.
 
 
 # Parameters and buffers that `build` does not initialize, with the approximate standard deviations of their initial values in
-# the originals.
+# the original models.
 _SPREAD = {
     "cls_token": 1.0, "pos_embedding": 1.0, "positional_emb": 0.2, "proj_k": 0.06, "proj_v": 0.06, "projection_matrix": 1.0,
     "g": 0.0, "b": 0.0,

@@ -16,7 +16,7 @@ from .mixers import NystromAttention, PerformerAttention, merge_heads, softmax_a
 
 
 class CompactAttention(Mixer):
-    """The attention of CCT. The dropout rate of the attention weights is always 0.1."""
+    """The attention layer of CCT. The dropout rate of the attention weights is always 0.1."""
 
     def __init__(self, dim: int, heads: int, backend: str) -> None:
         super().__init__()
@@ -30,12 +30,12 @@ class CompactAttention(Mixer):
 
 
 def nystrom(dim: int, heads: int, backend: str) -> Mixer:
-    """Create CCN's attention. The head width is always 32."""
+    """Create an attention layer of CCN. The head width is always 32."""
     return NystromAttention(dim, heads=heads, dim_head=32, backend=backend)
 
 
 def performer(dim: int, heads: int, backend: str) -> Mixer:
-    """Create CCP's attention. There are always 4 heads of width 32."""
+    """Create an attention layer of CCP. `heads` is ignored; there are always 4 heads of width 32."""
     return PerformerAttention(dim, heads=4, dim_head=32)
 
 
@@ -116,10 +116,11 @@ class CompactClassifier(nn.Module):
 
 
 class CCT(nn.Module):
-    """The original CCT. Maps images (batch, n_input_channels, img_size, img_size) to logits (batch, num_classes).
+    """The original CCT, CCN or CCP, depending on `attention`.
 
-    The originals accept `mlp_radio` and `stochastic_depth` but ignore them. The MLP ratio is 4 unless passed as `mlp_ratio`,
-    and stochastic depth rates always increase from 0 to 0.1. Dropout is only applied in CompactAttention.
+    Maps images (batch, n_input_channels, img_size, img_size) to logits (batch, num_classes). The original models accept
+    `mlp_radio` and `stochastic_depth` but ignore them. The MLP ratio is 4 unless passed as `mlp_ratio`, and stochastic depth
+    rates always increase from 0 to 0.1. Dropout is applied only in CompactAttention.
     """
 
     def __init__(

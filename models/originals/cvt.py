@@ -1,4 +1,4 @@
-"""CvN and CvP: three stages, each with a convolution, a norm and residual layers that process maps."""
+"""CvN and CvP: three stages, each with a convolution, a norm and residual layers that process feature maps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .blocks import FeedForward, Mixer, PreNorm, Residuals, pointwise
 
 
 class ChannelNorm(nn.Module):
-    """Layer norm over the channels of a map. eps is added to the standard deviation instead of the variance.
+    """Layer norm over the channels of a feature map. eps is added to the standard deviation instead of the variance.
 
     If all channels at a position are equal, the gradient there is NaN.
     """
@@ -26,10 +26,10 @@ class ChannelNorm(nn.Module):
 
 
 class CvT(nn.Module):
-    """The original CvT. Maps images (batch, 3, height, width) to logits (batch, num_classes).
+    """The original CvN or CvP, depending on `attention`. Maps images (batch, 3, height, width) to logits (batch, num_classes).
 
-    `attention` is one of the functions in levit.py. Unlike the model in the CvT paper, the original has no convolutions for
-    queries, keys and values. It accepts `s*_proj_kernel` and `s*_kv_proj_stride`, but does not use them, so `from_original`
+    `attention` is one of the functions in levit.py. Unlike the model in the CvT paper, the original model has no convolutions
+    for queries, keys and values. It accepts `s*_proj_kernel` and `s*_kv_proj_stride`, but does not use them, so `from_original`
     drops them. `dropout` is applied in the feed-forward networks.
     """
 

@@ -11,7 +11,7 @@ from .blocks import FeedForward, pointwise
 class FourierBlock(nn.Module):
     """x + feed_forward(batch_norm(Re(F(x)))), with the Fourier transform F over three axes.
 
-    Every backend computes the transform in plain PyTorch, because fourier_mixing only supports two axes.
+    Every backend computes the transform in plain PyTorch, because fourier_mixing supports only two axes.
     """
 
     def __init__(self, dim: int, hidden: int, dropout: float) -> None:
@@ -23,7 +23,7 @@ class FourierBlock(nn.Module):
 
 
 class FNet2D(nn.Module):
-    """The FNet2D of the package vision_xformer. Maps images (batch, 3, height, width) to logits.
+    """The FNet2D of the vision_xformer package. Maps images (batch, 3, height, width) to logits.
 
     Two convolutions without an activation between them create a feature map. All blocks process this map instead of a sequence
     of tokens. The transform is not normalized. `dropout` is applied in the feed-forward networks.

@@ -11,22 +11,22 @@ from .mixers import NystromAttention, PerformerAttention
 
 
 def nystrom(dim: int, heads: int, backend: str) -> Mixer:
-    """Create the attention of LeViN and CvN. `heads` is ignored; there are always 4 heads of width 32."""
+    """Create an attention layer of LeViN or CvN. `heads` is ignored; there are always 4 heads of width 32."""
     return NystromAttention(dim, heads=4, dim_head=32, backend=backend)
 
 
 def performer(dim: int, heads: int, backend: str) -> Mixer:
-    """Create the attention of LeViP and CvP. The head width is always 32."""
+    """Create an attention layer of LeViP or CvP. The head width is always 32."""
     return PerformerAttention(dim, heads=heads, dim_head=32)
 
 
 class LeViT(nn.Module):
     """The original LeViN or LeViP, depending on `attention`. Maps images (batch, 3, height, width) to logits.
 
-    If num_distill_classes is set, the model returns (logits, logits of the distillation head). The originals also accept
+    If num_distill_classes is set, the model returns (logits, logits of the distillation head). The original models also accept
     `dim_key`, `dim_value` and `image_size`, but do not use them, so `from_original` drops them. Only one stage is supported, as
-    in the published models. In the originals, additional stages neither downsample the feature map nor change its number of
-    channels. `dropout` is applied in the feed-forward networks.
+    in the published models. In the original code, additional stages neither downsample the feature map nor change its number
+    of channels. `dropout` is applied in the feed-forward networks.
     """
 
     def __init__(

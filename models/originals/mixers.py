@@ -1,8 +1,8 @@
-"""The attention layers and the Fourier transform of the originals, in two implementations with the same parameters.
+"""The attention layers and the Fourier transform of the original models, in two implementations with the same parameters.
 
-backend="reference" runs the published computation in eager PyTorch. Like the originals, it stores all intermediate
-results in memory, such as scores, attention weights and complex numbers. The other backends run the ops of vix_kernels and
-PyTorch's scaled_dot_product_attention where these compute the same function. The Performer only has the reference
+backend="reference" runs the published computation in eager PyTorch. Like the original code, it stores all intermediate
+results in memory, such as scores, attention weights and complex numbers. The other backends run the operators of vix_kernels
+and PyTorch's scaled_dot_product_attention where these compute the same function. Performer attention has only the reference
 implementation, because no kernel supports its eps and its maximum over the batch.
 
 A rotary `table` from vix.RotaryTable has the shape (positions, dim_head). The first half of its columns contains sines, and the
@@ -32,7 +32,7 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, backend: str) -> Tensor:
-    """Return softmax(q k^T / sqrt(d)) v for q, k and v (batch, heads, tokens, d), with dropout of the attention weights."""
+    """Return softmax(q k^T / sqrt(d)) v for q, k and v (batch, heads, tokens, d), with dropout on the attention weights."""
     if backend != "reference":
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
     scores = einsum("bhid,bhjd->bhij", q, k) * q.shape[-1] ** -0.5
@@ -46,7 +46,7 @@ def rope_of(table: Tensor) -> Rope:
 
 
 def rotate_pairs(q: Tensor, k: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate channels (2i, 2i + 1) of token t by angle i of table[t], in plain PyTorch."""
+    """Return q and k with channels (2i, 2i + 1) of token t rotated by angle i of table[t], in plain PyTorch."""
     sin, cos = (repeat(half, "n i -> n (i two)", two=2) for half in table[: q.shape[2]].chunk(2, -1))
 
     def rotated(x: Tensor) -> Tensor:
@@ -65,9 +65,9 @@ def rotate(q: Tensor, k: Tensor, table: Tensor | None, backend: str) -> tuple[Te
 
 
 class SoftmaxAttention(Mixer):
-    """The attention of ViT. Dropout is applied after the output projection, and not to the attention weights.
+    """The attention layer of ViT. Dropout is applied after the output projection, and not to the attention weights.
 
-    There is no output projection and no dropout if there is only one head, and this head is as wide as the tokens.
+    A single head of width `dim` has no output projection and no dropout.
     """
 
     def __init__(self, dim: int, *, heads: int, dim_head: int, dropout: float, backend: str) -> None:
@@ -85,14 +85,15 @@ class SoftmaxAttention(Mixer):
 
 
 class NystromAttention(Mixer):
-    """The attention of ViN, with six iterations for the pseudo-inverse, a convolution of values over 33 tokens, and no dropout.
+    """The attention layer of ViN, without dropout.
 
-    The front of the sequence is padded with all-zero tokens to a multiple of the number of landmarks. The softmaxes, means and
-    positions treat these tokens like the others. For example, a class token and 1024 pixels are padded with 63 all-zero tokens,
-    so the class token is rotated as the 64th token. The pseudo-inverse is initialized with a maximum over the batch, so the
-    output for a sample depends on the rest of its batch.
+    The pseudo-inverse has six iterations, and the convolution of the values covers 33 tokens. The front of the sequence is
+    padded with all-zero tokens to a multiple of the number of landmarks. The softmax, the landmarks and the rotary embedding
+    treat these tokens like the others. For example, a class token and 1024 pixels are padded with 63 all-zero tokens, so the
+    class token is rotated as the 64th token. The pseudo-inverse is initialized with a maximum over the batch, so the output for
+    a sample depends on the rest of its batch.
 
-    nystrom_attention does not support fewer tokens than landmarks. The reference implementation runs in this case.
+    nystrom_attention does not support fewer tokens than landmarks. In this case, the reference implementation runs.
     """
 
     def __init__(self, dim: int, *, heads: int, dim_head: int, backend: str, num_landmarks: int = 64) -> None:
@@ -139,7 +140,7 @@ class NystromAttention(Mixer):
 
 
 class LinformerAttention(Mixer):
-    """The attention of ViL. Keys and values are projected along the token dimension to k slots.
+    """The attention layer of ViL. Keys and values are projected along the token dimension to `k` tokens.
 
     With `share_kv`, the keys before rotation are also the values, and keys and values share one projection. With `one_kv_head`,
     all query heads share one key and value head. Dropout is applied to the attention weights, and not after the output
@@ -189,7 +190,7 @@ class LinformerAttention(Mixer):
 
 
 class PerformerAttention(Mixer):
-    """The attention of ViP, with biases in the layers for q, k and v, and no dropout.
+    """The attention layer of ViP, with biases in the layers for q, k and v, and without dropout.
 
     All heads use the same int(d ln d) random features, where d is the head width. The attention runs in plain PyTorch with
     every backend; see RandomFeatures.
@@ -233,7 +234,7 @@ class RandomFeatures(nn.Module):
         projection = repeat(self.projection_matrix.to(x.dtype), "m d -> b h m d", b=x.shape[0], h=x.shape[1])
         logits = einsum("bhnd,bhmd->bhnm", normalizer * x, projection)
         half_square = (x**2).sum(-1, keepdim=True) / 2 * normalizer**2
-        # Use max as in the original: unlike amax, max over a dimension does not divide its gradient among equal maxima.
+        # Use max as in the original: unlike amax, max over a dimension does not split its gradient among equal maxima.
         maximum = logits.max() if is_key else logits.max(-1, keepdim=True).values
         return len(self.projection_matrix) ** -0.5 * ((logits - half_square - maximum).exp() + 1e-4)
 

@@ -2,9 +2,9 @@
 
     image -> stem -> class token, position -> depth x [x + mixer(norm(x)), x + feed_forward(norm(x))] -> pool -> norm -> linear
 
-`ViX` is the structure that these models share. The functions below it create its parts: mixers and stems. The keyword-only
-parameters of `ViX` and of the function that creates the mixer are the constructor arguments of the original model. The
-exception is `backend`, which the originals do not have.
+`ViX` is the class of all these models. The functions below it create the token mixers and the stems. The keyword-only
+parameters of `ViX`, except `backend`, and of the function that creates the mixer are the constructor arguments of the original
+model.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class RotaryTable(nn.Module):
 
 
 class ViX(nn.Module):
-    """The structure of all models in this file. Maps images (batch, channels, *image_size) to logits (batch, num_classes).
+    """The class of all models in this file. Maps images (batch, channels, *image_size) to logits (batch, num_classes).
 
     The class token is at position 0. In models that are not rotary, all tokens, including the class token, have learned
     position embeddings. Rotary models instead rotate queries and keys by their one-dimensional positions in the flattened
-    image. The only norm after the layers is the first layer of the head. pool="mean" averages all tokens, including the class
-    token. `emb_dropout` is applied after the position embedding. `dropout` is applied in the feed-forward networks and, in all
-    variants of ViT and ViL, in the attention.
+    image. The only norm after the residual layers is in the head. pool="mean" averages all tokens, including the class token.
+    `emb_dropout` is applied after the position embedding. `dropout` is applied in the feed-forward networks and, in all
+    variants of ViT and ViL, in the attention layers.
 
     Args:
         mixer: a function that creates the token mixer of a layer, such as `softmax` below.
@@ -121,14 +121,14 @@ def softmax(dim: int, tokens: int, dropout: float, backend: str, *, heads: int, 
 
 
 def performer(dim: int, tokens: int, dropout: float, backend: str, *, heads: int, dim_head: int = 64) -> nn.Module:
-    """Create Performer attention without `dropout`, which the original does not pass to the attention."""
+    """Create a Performer attention layer. `dropout` is ignored, as in the original."""
     return PerformerAttention(dim, heads=heads, dim_head=dim_head)
 
 
 def nystrom(
     dim: int, tokens: int, dropout: float, backend: str, *, heads: int, dim_head: int = 64, num_landmarks: int = 64
 ) -> nn.Module:
-    """Create Nystrom attention without `dropout`, which the original does not pass to the attention."""
+    """Create a Nystrom attention layer. `dropout` is ignored, as in the original."""
     return NystromAttention(dim, heads=heads, dim_head=dim_head, backend=backend, num_landmarks=num_landmarks)
 
 
@@ -153,7 +153,7 @@ def linformer(
 
 
 def linformer_of_one_head(dim: int, tokens: int, dropout: float, backend: str, *, heads: int, dim_head: int = 64) -> nn.Module:
-    """Create the mixer of ViL: 64 slots, one projection of 1025 tokens, and one key head, which also provides the values."""
+    """Create the mixer of ViL: one key head, which also provides the values, and 64 projected tokens. `tokens` must be 1025."""
     _check_1025(tokens)
     return linformer(dim, tokens, dropout, backend, heads=heads, dim_head=dim_head)
 

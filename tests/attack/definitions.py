@@ -26,8 +26,8 @@ class How:
         stored: function applied to rotated tokens, landmarks and projected keys, which the library stores in the tokens' dtype.
         logits: function applied to the logits of each softmax, because the library rounds each logit.
         products: function applied to the matrix products in the pseudo-inverse iterations.
-        sums: function applied to the column sums. The iterations start from the largest column sum, so the gradient is
-            discontinuous where the two largest sums are equal.
+        sums: function applied to the column sums of softmax(q~ k~). The initial matrix of the iterations is divided by the
+            largest sum, so the gradient is discontinuous where the two largest sums are equal.
     """
 
     fixed_totals: bool = False

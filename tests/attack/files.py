@@ -47,7 +47,7 @@ TINY = dict(embed_dim=8, depth=1, num_heads=1, patch_size=4, img_size=8, num_cla
 
 
 class Hang(BaseException):
-    """Raised if a read takes too long. Not a subclass of Exception, because readers convert exceptions to documented errors."""
+    """Raised if a read takes too long. It is a BaseException, because readers convert exceptions to documented errors."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def make_model(folder: Path) -> None:
 
 
 def make_run(folder: Path) -> None:
-    """Write a finished run. Its data set is in a different folder and is not corrupted."""
+    """Write a finished run. Its dataset is in a different folder and is not corrupted."""
     data = folder.with_name(f"{folder.name}-data")
     data.mkdir()
     make_idx(data, False)
@@ -273,7 +273,7 @@ def damaged(content: bytes, path: Path, kind: str, draws: random.Random, marker:
 
 
 def evil_member(content: bytes, marker: str) -> bytes:
-    """Return valid content that contains a pickled `Evil`: in object arrays of a pack, in a checkpoint, or in a dict."""
+    """Return a file that contains a pickled `Evil`: a pack or a checkpoint if `content` is one, otherwise a pickled dict."""
     if content[:2] != b"PK":
         return pickle.dumps({b"data": Evil(marker), b"labels": [0], b"label_names": Evil(marker)})
     with zipfile.ZipFile(io.BytesIO(content)) as archive:

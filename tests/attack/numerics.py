@@ -3,9 +3,9 @@
 `check(case)` returns the violations in one `Case`. `cases(op, backend)` is the hypothesis strategy that draws cases.
 
 The error budget is the largest error that is allowed. It is twice the error of plain PyTorch in the same precision, plus an
-allowance for rounding, because PyTorch's error may be small by chance, or even 0. The allowance covers a few roundings, in the
-dtype of the result, of the terms that cancel in the result. It also covers the effects of simulated rounding errors of inputs
-and intermediate results.
+allowance for rounding, because PyTorch's error may be small by chance, or even 0. The allowance covers a few rounding errors of
+the terms that cancel, in the dtype of the result. It also covers the effects of simulated rounding errors in inputs and
+intermediate results.
 """
 
 from __future__ import annotations
@@ -105,10 +105,10 @@ class Problem:
 
     Attributes:
         tensors: differentiable inputs, by name. Masked elements of k, v and agents are 0. If `case.junk` is set, those of q and
-            x are 0, too. Junk is written later, to copies of the tensors (see `Trial.attempt`).
+            x are 0, too. `Trial.attempt` writes `case.junk` to copies of the tensors.
         run: function that computes the library's output from (tensors, backend).
         define: function that computes the exact output from (float64 tensors, how).
-        hidden: for each tensor name or "out", a mask that is True for masked elements. Junk is written to those of inputs.
+        hidden: for each tensor name or "out", a mask that is True for masked elements. In inputs, they are set to `case.junk`.
         ignored: names in `hidden` whose masked elements are not compared.
         cast: names of the tensors that autocast converts to a lower precision.
     """
@@ -209,7 +209,7 @@ def problem(case: Case) -> Problem:
             hidden["agents"] = ~options["agent_mask"][:, None, :, None]
     for name, where in hidden.items():
         if name in tensors:
-            # Masked queries still attend to the keys, so they keep their values unless junk replaces them.
+            # Masked queries still attend to the keys, so they keep their values unless `case.junk` is set.
             if name != "q" or case.junk is not None:
                 tensors[name] = tensors[name].masked_fill(where, 0.0)
     function, positional = getattr(vix_kernels, op), [name for name in ("q", "k", "v", *extra) if name != "conv_weight"]
@@ -291,7 +291,7 @@ def rotation(case: Case, draw: Draw) -> tuple[dict[str, Tensor], Callable, Calla
 def attention(
     op: str, case: Case, draw: Draw, mask: Tensor | None
 ) -> tuple[dict[str, Tensor], dict[str, Any], Callable[[dict[str, Tensor], How], Tensor]]:
-    """Return the tensors other than q, k and v, the library's options, and the definition, which expects rotated q and k."""
+    """Return the extra tensors (without q, k and v), the library's options, and the definition for rotated q and k."""
     scale = case.scale or case.width**-0.5
     scaled = {} if case.scale is None else {"scale": case.scale}
     per_head = (case.heads,) if case.per_head else ()
@@ -455,7 +455,7 @@ def pooled_agents(case: Case, q: Tensor, rotated_qkv: dict[str, Tensor], mask: T
 
 
 def placed(x: Tensor, memory: str, junk: float = float("nan")) -> Tensor:
-    """Return a tensor with the same values in a different memory layout."""
+    """Return a tensor with the values of `x` in the layout `memory`. Unused elements of its storage are set to `junk`."""
     if memory == "transposed":  # tokens before heads, like the output of a linear layer
         if x.dim() < 2:
             return x
@@ -617,9 +617,9 @@ def check(case: Case) -> list[str]:
 def compared(trial: Trial, actual: Results, plain: Results) -> list[str]:
     """Return a message for each sample of a result whose error exceeds the budget.
 
-    Where large logits are nearly equal, one rounding can change the whole result, and the reference may have a small error only
-    by chance. A failed comparison is therefore repeated with more simulated rounding errors, and with the errors of the
-    reference on nearby inputs, which differ by one rounding. Violations with non-finite results always count. Other
+    Where large logits are nearly equal, one rounding error can change the whole result, and the reference may have a small
+    error only by chance. A failed comparison is therefore repeated with more simulated rounding errors, and with the errors of
+    the reference on nearby inputs, which differ by one rounding error. Violations with non-finite results always count. Other
     violations count only if they also occur for most nearby inputs.
     """
     exact = trial.exact(trial.tensors)

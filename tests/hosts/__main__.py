@@ -5,9 +5,9 @@
     python -m tests.hosts --only timm-models -- -k fx  # one suite, with arguments for pytest
 
 A suite with models of the host library runs twice: with this library, and without it. A test may fail with this library if it
-also fails without it, or if suites.py lists it with a reason. The command prints all other failures, and the entries of this
-list whose tests pass. If there are any, or if a suite runs no test, the exit code is 1. The source distribution of timm and the
-results are written to build/hosts.
+also fails without it, or if suites.py lists it with a reason. The command prints all other failures, and the entries of
+suites.py whose tests now pass. If there are any, or if a suite runs no test, the exit code is 1. The source distribution of
+timm and the results are written to build/hosts.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class Suite:
 
     Attributes:
         package: the host library.
-        plugin: the pytest plugin that replaces the tested models, or their attention.
+        plugin: the pytest plugin that replaces the tested models, or their attention layers.
         files: test files, relative to the folder of the host library.
         settings: environment variables for the plugin.
         before: the variables for a second run without this library, or None if the tested models are from this library.
@@ -49,7 +49,7 @@ class Suite:
 
 
 def modeling(*names: str) -> tuple[str, ...]:
-    """Return the test files of these models of transformers."""
+    """Return the test files of these transformers models."""
     return tuple(f"tests/models/{name}/test_modeling_{name}.py" for name in names)
 
 

@@ -1,7 +1,7 @@
 """A pytest plugin that runs timm's tests on selected models. Its settings are environment variables.
 
 VIX_MODELS: names of the models to test, separated by commas. The tests of other models are not collected.
-VIX_REPLACE: the attention that replaces softmax attention in these models. If empty, the models are not changed.
+VIX_REPLACE: the operator, such as nystrom, that replaces softmax attention in these models. If empty, nothing is replaced.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def chosen(
 ) -> list[str]:  # fmt: skip
     """Return the models in MODELS that the arguments select. This function replaces timm.list_models.
 
-    The models of vix_kernels are treated like timm's vision transformers: of the configuration tests, only those for models
-    with tokens apply to them. All tests of feature extraction apply.
+    The models of vix_kernels are treated like timm's vision transformers. All feature extraction tests apply to them, but only
+    those configuration tests that are for models with tokens.
     """
     if pretrained:
         return []
@@ -50,7 +50,7 @@ def chosen(
 
 
 def replaced(create: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a version of timm.create_model that also replaces the attention."""
+    """Return a function that calls `create`, and then replaces the model's attention layers if VIX_REPLACE is set."""
 
     def call(name: str, *args: Any, **options: Any) -> Any:
         model = create(name, *args, **options)

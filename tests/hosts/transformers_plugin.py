@@ -1,7 +1,7 @@
-"""A pytest plugin that runs the tests of transformers with a different attention. Its settings are environment variables.
+"""A pytest plugin that runs transformers' tests with attention from this library. Its settings are environment variables.
 
-VIX_ATTENTION: the attention that models use instead of their default, such as "vix_nystrom".
-VIX_PATCH: if set, every Nystromformer and FNet is patched after its creation.
+VIX_ATTENTION: the attention implementation that models use instead of their default, such as "vix_nystrom".
+VIX_PATCH: if set, every Nystromformer and FNet model is patched after its creation.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def use(attention: str) -> None:
-    """Make all models use `attention`, except in tests of transformers' implementations and of their selection.
+    """Make all models use `attention`, except in tests whose names contain an entry of SELECTION.
 
-    "eager" is also replaced, because most tests select it in order to get attention weights.
+    Models with "eager" also use `attention`, because most tests select "eager" only to get attention weights.
     """
     vix.register()
     correct = PreTrainedModel.get_correct_attn_implementation

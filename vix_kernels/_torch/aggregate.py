@@ -36,7 +36,7 @@ def aggregate_forward(
     scale: float,
     gaussian: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return values (B, H, M, E), and lse, row_max and total (B, H, M).
+    """Return values (B, H, M, E), and lse, row_max and total, all (B, H, M).
 
     The key bias b_n is -|scale k_n|^2 / 2 if gaussian, else 0. With l in base 2, row_max_j is the largest logit of slot j,
     total_j = sum_n exp2(l_jn - row_max_j), and lse_j = row_max_j + log2 total_j. A masked key has b_n = -inf and is read as 0,
@@ -53,7 +53,7 @@ def aggregate_forward(
         for tile in tiles:
             keys, contents = read(k, tile, mask, rope), read(v, tile, mask)
             logits = _key_logits(p, keys, tile, mask, scale, gaussian, square, rows)
-            # Clamp to the lowest finite number, because -inf would lead to inf - inf before the first valid key of a slot.
+            # Clamp to the lowest finite number, because -inf - (-inf) would be NaN before the first valid key of a slot.
             new_max = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(p.dtype).min)
             if running_max is not None:
                 torch.maximum(running_max, new_max, out=new_max)
@@ -93,7 +93,7 @@ def aggregate_backward(
     dk_n = s sum_j dl_jn p_j - s^2 k_n sum_j dl_jn (second term only if gaussian)    dp_j = s sum_n dl_jn k_n
 
     Here s = scale, and dl_jn is the gradient of the logit in base e. With the same number of threads, the base-2 logits l_jn
-    are bit-identical to the logits in forward, because both passes compute the same products of the same operands. So the
+    are bit-identical to those of the forward pass, because both passes compute the same products of the same operands. So the
     probabilities P_jn = exp2(l_jn - row_max_j) / total_j sum to 1, even for large logits. The function divides dvalues and dlse
     by total_j in advance.
     """
@@ -115,7 +115,8 @@ def aggregate_backward(
         for tile in tiles:
             keys, contents = read(k, tile, mask, rope), read(v, tile, mask)
             logits = _key_logits(p, keys, tile, mask, scale, gaussian, square, rows)
-            logits.sub_(group_max).clamp_(max=0)  # logits can exceed row_max if the number of threads changed after forward
+            # Logits can exceed row_max if the number of threads has changed since the forward pass.
+            logits.sub_(group_max).clamp_(max=0)
             exps = square.apply(torch.exp2)
             if need_v:
                 write(dv, tile, torch.bmm(exps.mT, dstate, out=window(dv, tile, value_room)))
@@ -142,7 +143,7 @@ def aggregate_backward(
 def _key_logits(
     p: Tensor, keys: Tensor, tile: Tile, mask: Tensor | None, scale: float, gaussian: bool, square: Scratch, rows: Scratch
 ) -> Tensor:
-    """Return l_jn for a tile, (pairs, M, tokens), in base 2. Forward and backward need bit-identical logits."""
+    """Return l_jn for a tile, (pairs, M, tokens), in base 2. The forward and backward passes need bit-identical logits."""
     bias = _key_bias(keys, tile, mask, scale, gaussian, rows).unsqueeze(1)
     return torch.baddbmm(bias, p, keys.mT, alpha=scale * LOG2E, out=square(*p.shape[:2], keys.shape[1]))
 

@@ -1,4 +1,4 @@
-"""Features of tokens in linear attention: rotation, projection and feature map. Backward recomputes them."""
+"""Features of tokens in linear attention: rotation, projection and feature map. The backward pass recomputes them."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def feed_forward_forward(
 ) -> Tensor:  # fmt: skip
     """Return y, and write the dropout masks to `kept`. If residual is None, n (x after the layer norm) is the residual.
 
-    `scale` is kept_scale(p), the factor of kept elements.
+    `scale` is kept_scale(p), the factor by which kept elements are multiplied.
     """
     (gamma, beta, eps), (w1, b1, w2, b2), (inner, outer) = norm, weights, kept
     y = torch.empty_like(x, memory_format=torch.contiguous_format)

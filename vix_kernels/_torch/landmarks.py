@@ -1,11 +1,11 @@
 """Landmark means and their gradient in plain PyTorch, one axis of the grid at a time.
 
-The functions do not use autograd. Sums are computed in fp32 (fp64 for fp64 inputs). 16-bit inputs are cast a few heads at a
-time. Segments (see primitives/landmarks.py) are summed after a reshape, and overlapping windows after a gather. Nothing is
-multiplied by zero, so a NaN only affects the windows that contain it.
+The functions do not use autograd. Sums are computed in float32 (float64 for float64 inputs). 16-bit inputs are cast a few heads
+at a time. Segments (see primitives/landmarks.py) are summed after a reshape, and overlapping windows after a gather. Nothing is
+multiplied by zero, so a NaN affects only the windows that contain it.
 
-Shapes: q (B, H, Nq, D); k (B, H, Nk, D); marks (B, H, L, D); masks bool (B, N); counts fp32 (B, L); cos, sin fp32
-or fp64 (1 or H, N, R / 2). Gradients of tokens have the same memory layout as the tokens. Other tensors are contiguous.
+Shapes: q (B, H, Nq, D); k (B, H, Nk, D); marks (B, H, L, D); masks bool (B, N); counts float32 (B, L); cos, sin float32 or
+float64 (1 or H, N, R / 2). Gradients of tokens have the same memory layout as the tokens. Other tensors are contiguous.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _window_sums(x: Tensor, axis: int, count: int, adaptive: bool) -> Tensor:
 
 @cached_on_cpu
 def _overlapping_windows(size: int, count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the first short + 1 tokens of every window, its last token, and whether the last token is one of these tokens.
+    """Return, for each window, its first short + 1 tokens, its last token, and whether it has only short + 1 tokens.
 
     Here short = size // count, and a window has short + 1 or short + 2 tokens. Tokens are given by their index along the axis.
     """
@@ -167,7 +167,7 @@ def _plus(x: Tensor, other: Tensor | None, out: Tensor) -> None:
 
 
 def _means(x: Tensor, mask: Tensor | None, rope: Rotation, pool: Pool) -> tuple[Tensor, Tensor]:
-    """Return the landmarks of x, and the number of valid tokens in each."""
+    """Return the landmarks of x, and the number of valid tokens in each window."""
     if mask is None:
         counts = _sizes(x.shape[2], pool, x.device).repeat(len(x), 1)
     else:

@@ -1,12 +1,12 @@
 """Tiles of tokens, rotations and buffers for the primitives in PyTorch.
 
-The PyTorch implementations are the bodies of registered operators, so they do not use autograd. Each backward is written
-explicitly and recomputes intermediate results that forward did not save. Only the logits for one tile of tokens are in memory
-at a time, in a buffer that all tiles share. Products and sums are computed in fp32 (fp64 for fp64 inputs). 16-bit inputs are
-cast one tile at a time.
+The PyTorch implementations are the bodies of registered operators, so they do not use autograd. Each backward function is
+written explicitly, and recomputes intermediate results that the forward function did not save. Only the logits for one tile of
+tokens are in memory at a time, in a buffer that all tiles share. Products and sums are computed in float32 (float64 for float64
+inputs). 16-bit inputs are cast one tile at a time.
 
 Shapes: slots (Bs, Hs, M, D) with Bs in {1, B} and Hs in {1, H}; q, k (B, H, N, D); v (B, H, N, E); values (B, H, M, E);
-mask bool (B, N); cos, sin fp32 or fp64 (1 or H, N, R / 2) with R <= D, which rotate the first R channels of q or k.
+mask bool (B, N); cos, sin float32 or float64 (1 or H, N, R / 2) with R <= D, which rotate the first R channels of q or k.
 Outputs and gradients of tokens have the same memory layout as the tokens. Other tensors are contiguous.
 """
 
@@ -49,7 +49,10 @@ class Rotation:
         self.cos_of_both = None if cos is None or interleaved else self.cos.repeat(1, 1, 2)
 
     def __call__(self, x: Tensor, where: Group | Tile, inverse: bool = False, out: Tensor | None = None) -> Tensor:
-        """Rotate x (b, h, tokens, D), which contains the tokens of a group or tile in the accumulator's dtype."""
+        """Return x rotated. x is (b, h, tokens, D): the tokens of a group or tile, in the accumulator's dtype.
+
+        If `out` is given, the result is written to it. If rotary is None, x is returned, and `out` is not used.
+        """
         if self.cos is None:
             return x
         part = (slice(None) if len(self.cos) == 1 else where[1], *where[2:])
@@ -120,10 +123,10 @@ class Scratch:
 def groups(x: Tensor, slots: int) -> Iterator[tuple[Group, list[Tile]]]:
     """Split the tokens of x (batch, heads, tokens, channels) into tiles. Yield each group and its tiles.
 
-    If sequences are short, a tile contains several samples or heads. If they are long, it contains only some tokens. Tiles
-    are contiguous in memory if possible. If the heads of a token are adjacent in memory, as in the output of a linear layer, a
-    tile contains all heads of its tokens. Reading one head at a time would be slow, because it would use only a few cache
-    lines of each page.
+    If sequences are short, a tile contains several samples or heads. If they are long, a tile contains only some of their
+    tokens. Tiles are contiguous in memory if possible. If the heads of a token are adjacent in memory, as in the output of a
+    linear layer, a tile contains all heads of its tokens. Reading one head at a time would be slow, because it would use only a
+    few cache lines of each page.
     """
     batch, heads, tokens, _ = x.shape
     room = max(1, (TILE_CPU if x.device.type == "cpu" else TILE_GPU) // slots)
@@ -190,7 +193,7 @@ def unused_rows(queries: Tensor, total: Tensor, dresult: Tensor) -> Tensor | Non
     """Return which tokens contain NaN or inf although their output gradient is 0, as in padding: bool (pairs, tokens, 1).
 
     The gradients of these tokens must be 0, but 0 times NaN is NaN. On a CPU, return None if no token contains NaN or inf. On a
-    GPU, this check would synchronize, so it is skipped. Looking only at `total` is not enough, because `total` is finite if all
+    GPU, this check would synchronize, so it is skipped. Checking only `total` is not enough, because `total` is finite if all
     logits of a token are -inf.
     """
     broken = ~(queries.sum(-1, keepdim=True) + total).isfinite()

@@ -1,1 +1,1 @@
-"""Triton kernels for the primitives. Only this folder and measure/ import triton."""
+"""Triton kernels for the operators in primitives/. Only this folder and measure/ import triton."""

@@ -5,8 +5,8 @@ loads a tile of slots and then loops over a chunk of the tokens. In the kernel f
 before its loop over a chunk of the tokens, if `Tile.resident` allows it. Otherwise, it loads them again for each tile of
 tokens. No kernel uses atomics: each output is written once, by one program, and chunks are merged in a fixed order.
 
-FOLD means that slots are float32 and tokens bfloat16. In this case, the slots and `unit` (see prepare.py) contain the scale
-factors. Vectors, such as the bias of the keys, are added by an additional matrix product (see logits.py).
+FOLD means that slots are float32 and tokens bfloat16. In this case, the loaded slots include the factor scale * log2(e), and
+`size` is 1 (see prepare.py). Vectors, such as the bias of the keys, are added by an additional matrix product (see logits.py).
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ def slot_operands(
     """Load a tile of slots for the gradient kernels.
 
     Returns:
-        The two parts of the slots, unit, size, row_max and delta. Without FOLD, row_max and delta are vectors. With FOLD, they
-        are tiles, `bias_columns` of the negated vectors. Adding their products with `ones_columns` subtracts the vectors.
+        The two tiles from `slot_parts`, unit, size, row_max and delta. Without FOLD, row_max and delta are vectors. With FOLD,
+        they are tiles, `bias_columns` of the negated vectors. Adding their products with `ones_columns` subtracts the vectors.
     """
     o_m = first_slot + tl.arange(0, BLOCK_M)
     b_slots = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
@@ -196,7 +196,7 @@ def aggregate_tokens_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, GAUSSIAN: tl.constexpr, MASKED: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Compute dk (if KEYS) and dv (if VALUES) for a chunk of tokens. TILES: see LaunchConfig.stream."""
+    """Compute dk (if KEYS) and dv (if VALUES) for a chunk of tokens. For TILES, see LaunchConfig.stream."""
     FOLD: tl.constexpr = SPLIT and k.dtype.element_ty == tl.bfloat16
     i_bh, first, last = stream_program(N, chunk)
     i_b, i_h = i_bh // H, i_bh % H

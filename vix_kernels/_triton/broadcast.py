@@ -176,7 +176,7 @@ def add_dq(
 
 @triton.jit
 def column_sums(x, acc, PRECISION: tl.constexpr):
-    """Add the column sums of x to every column of acc. If x has 16 bits, a matrix product with ones computes the sums."""
+    """Add the sum of column j of x to row j of acc. If x has a 16-bit dtype, a matrix product with ones computes the sums."""
     if x.dtype == tl.float32 or x.dtype == tl.float64:
         acc += tl.sum(x, 0)[:, None]
     else:

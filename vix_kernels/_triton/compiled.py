@@ -15,7 +15,7 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime.driver import driver
 
-MOST = 4096  # maximum number of entries; a full table is cleared before an entry is added
+MOST = 4096  # maximum number of entries in `known`; a full table is cleared before an entry is added
 ALIGNMENT = 16  # bytes; Triton compiles different code for pointers that are not aligned
 
 
@@ -35,7 +35,7 @@ class Compiled(NamedTuple):
     constexprs: tuple[Any, ...]
 
     def start(self, grid: tuple[int, int, int], stream: int, args: list[Any]) -> None:
-        """Launch the kernel on the current device. `args` has an address for each tensor."""
+        """Launch the kernel on the current device. `args` contains addresses instead of tensors."""
         self.run(*grid, stream, self.function, self.metadata, None, None, None, *args, *self.constexprs)
 
 

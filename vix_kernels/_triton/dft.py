@@ -6,9 +6,10 @@ If n = -n, row n of E is token n. Then
 
     P = C_N (E C_D)        R = S_N (O S_D)        y at (a, b) and (-a, -b) is P - R        y at (-a, b) and (a, -b) is P + R
 
-Therefore only half of the rows n, half of the rows a and half of the columns b are needed. The first kernel computes tables of
+Therefore, only half of the rows n, half of the rows a and half of the columns b are needed. The first kernel computes tables of
 cosines and sines, the second kernel sums over channels, and the third kernel sums over tokens. The tables are computed in each
-call. They do not depend on the batch, so this takes little time, and a cache would have to handle streams and CUDA graphs.
+call. This takes little time, because the tables do not depend on the batch. A cache would need to handle streams and CUDA
+graphs.
 
 Zeros pad the intermediate result to a multiple of BLOCK_K rows per sample, so the loop of the third kernel needs no masks. A
 tile may contain rows of several samples (in the second kernel) or columns of several samples (in the third kernel).
@@ -51,7 +52,7 @@ def turn(index, length, COMPUTE: tl.constexpr):
 
 @triton.jit
 def store_turns(cos, sin, i, length, rows, columns, COMPUTE: tl.constexpr):
-    """Store the elements i of two tables (rows, columns): the cosines and the sines of 2 pi row column / length."""
+    """Store the elements i of two tables (rows, columns): the cosines and the sines of 2 pi row * column / length."""
     c, s = turn((i // columns) * (i % columns) % length, length, COMPUTE)
     inside = i < rows * columns
     tl.store(cos + i, cast(c, cos.dtype.element_ty), mask=inside)
@@ -79,7 +80,7 @@ def dft_channels_kernel(
     D: tl.constexpr, COLUMNS: tl.constexpr, PADDED: tl.constexpr, SHRINK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute a tile of the products E C_D and O S_D, multiplied by SHRINK / 2.
+    """Compute a tile of the products E C_D and O S_D, multiplied by SHRINK / 2 to avoid overflow in float16.
 
     The table has PADDED columns. Each product has the shape (rows, COLUMNS).
     """

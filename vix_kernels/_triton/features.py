@@ -1,7 +1,7 @@
 """Feature maps and operands of products, shared by the kernels for linear attention.
 
-With slots, features are computed from products of tokens and slots. Without slots, they are computed from the tokens' channels.
-In both cases, a tile holds one feature per slot and token. Without slots, channel j is used as slot j.
+Slots are the rows of a projection. With slots, features are computed from products of tokens and slots. Without slots, they are
+computed from the tokens' channels, and channel j is used as slot j. In both cases, a tile holds one feature per slot and token.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ def load_operands(
 def copies(numbers, DTYPE: tl.constexpr):
     """Return a tile with COPIES rows and one column per number.
 
-    The product of features and the transpose of this tile sums the features, multiplied by the numbers, over tokens or slots.
-    Besides the matrix instructions, it needs no instruction per feature. In gradient_products, the product of a constant tile
-    and this tile adds each number to a whole column. Half of the rows are the numbers rounded to DTYPE, and the other half are
-    the rounding errors. The copies are rows instead of columns, so that each thread loads only a few numbers.
+    The product of features and the transpose of this tile is the sum of the features over tokens or slots, weighted by the
+    numbers. It takes only matrix instructions. In gradient_products, the product of a constant tile and this tile adds each
+    number to a whole column. Half of the rows are the numbers rounded to DTYPE, and the other half are the rounding errors. The
+    copies are rows instead of columns, so that each thread loads only a few numbers.
     """
     high, low = split(numbers, DTYPE)
     return tl.where((tl.arange(0, COPIES) < COPIES // 2)[:, None], high[None, :], low[None, :])
@@ -82,7 +82,7 @@ def sum_copies(products):
 def outer_product(x, y, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """Return acc + x y^T for two vectors, computed as a product of two tiles. Each tile holds a vector as two 16-bit parts.
 
-    This needs no additional instruction or register per element. Of the four products of parts, the smallest is dropped.
+    The product needs no additional instruction or register per element. Of the four products of parts, the smallest is dropped.
     """
     x_high, x_low = split(x * (4.0 / COPIES), DTYPE)
     y_high, y_low = split(y, DTYPE)
@@ -97,7 +97,7 @@ def slot_rows(
     first_slot, D: tl.constexpr, BLOCK_M: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     PROJECTED: tl.constexpr,
 ):  # fmt: skip
-    """Return the slot that each feature of a tile belongs to."""
+    """Return the slot index of each feature in a tile."""
     if PROJECTED:
         o_m = first_slot + tl.arange(0, BLOCK_M)
     else:

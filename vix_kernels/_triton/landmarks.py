@@ -1,8 +1,8 @@
 """Kernels for `landmarks`: one launch computes the means of q and k, and another computes the gradients of q and k.
 
-In the forward kernel, a program computes a tile of landmarks. It loops over their windows and reads a few tokens of each window
-at a time. In the backward kernel, a program computes the gradient of a tile of tokens. For each token, it adds the gradients of
-the landmarks whose windows contain the token: one landmark, or up to four if windows overlap.
+In the forward kernel, a program computes a tile of landmarks. It loops over their windows and reads BLOCK_N tokens of each
+window at a time. In the backward kernel, a program computes the gradient of a tile of tokens. For each token, it adds the
+gradients of the landmarks whose windows contain the token: one landmark, or up to four if windows overlap.
 """
 
 from __future__ import annotations

@@ -76,10 +76,7 @@ class LaunchConfig:
 
     @property
     def resident(self) -> int:
-        """Number of programs that can run on a multiprocessor at the same time.
-
-        Each thread is assumed to use as many registers as possible. More programs would only add memory traffic.
-        """
+        """Number of programs that fit on a multiprocessor if each thread uses the maximum number of registers."""
         return max(1, WARPS_A_MULTIPROCESSOR // self.tile.num_warps)
 
     def slots(self, num_slots: int) -> int:
@@ -101,8 +98,8 @@ class LaunchConfig:
     def keep(self, num_slots: int) -> tuple[int, dict[str, int]]:
         """Return the number of slots per program and updates to `meta`, for a kernel with one tile of slots per program.
 
-        A tile with fewer slots than in the launch table has proportionally fewer warps. Tiles are not reduced below 64 slots: a
-        tile of 128 slots with 8 warps can become a tile of 64 slots with 4 warps.
+        A tile with fewer slots than in the launch table has proportionally fewer warps. For example, a tile of 128 slots with 8
+        warps can become a tile of 64 slots with 4 warps. Tiles are not reduced below 64 slots.
         """
         block = self.slots(num_slots)
         return block, dict(BLOCK_M=block, num_warps=max(self.tile.num_warps * block // self.tile.slots, 1))
@@ -138,7 +135,7 @@ def launch_config(kernel: str, tokens: Tensor, width: int, slots: Tensor, heavy:
     Args:
         kernel: name of the kernel in the launch table.
         tokens: the tokens, (batch, heads, tokens, channels) or (batch, tokens, channels).
-        width: width to look up in the launch table. For most kernels it is the larger of the head widths of keys and values.
+        width: width to look up in the launch table, for example the larger of the head widths of keys and values.
         slots: the slots. Only their dtype is used.
         heavy: whether to prefer the entry for a launch that needs more registers. By default, True if slots have the tokens'
             dtype.
@@ -181,8 +178,8 @@ def find_tile(arch: str, kernel: str, bits: int, width: int, heavy: bool) -> tup
     """Return the key in the launch table and the tile of `kernel` on `arch`.
 
     If `heavy`, prefer the entry `{kernel}_heavy`, for launches that need more registers. If there is no entry with a suffix
-    (see VARIANTS), the entry without it is used. An entry with a suffix in TABLE takes precedence over one without it in
-    OVERRIDES.
+    (see VARIANTS), the entry without it is used. An entry with a suffix in TABLE takes precedence over an entry without a
+    suffix in OVERRIDES.
     """
     names = (f"{kernel}_heavy", kernel, kernel_name(kernel)) if heavy else (kernel, kernel_name(kernel))
     keys = [(name, bits, width) for name in dict.fromkeys(names)]

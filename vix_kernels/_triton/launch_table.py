@@ -30,7 +30,7 @@ Key = tuple[str, int, int]  # name of the kernel, bits of the tokens' dtype, pad
 
 
 def _entries(tiles: dict[tuple[str | int, ...], Tile]) -> dict[Key, Tile]:
-    """Return an entry for each width. A key of `tiles` is a name, the bits, and one width or more."""
+    """Return an entry for each width. A key of `tiles` is a kernel name, the bits of the dtype, and one or more widths."""
     entries: dict[Key, Tile] = {}
     for (name, bits, *widths), tile in tiles.items():
         for width in widths:
@@ -40,13 +40,13 @@ def _entries(tiles: dict[tuple[str | int, ...], Tile]) -> dict[Key, Tile]:
     return entries
 
 
-# Suffixes mark entries for variants of a launch. Entries "..._heavy" are for launches that need more registers. In most
-# kernels, these are launches whose slots have the tokens' dtype, such as slots that are computed from tokens. In
-# broadcast_forward and broadcast_tokens, they are also launches with RoPE. In aggregate_tokens, they are also launches with
-# more than 128 slots or with float16. In broadcast_slots, they are only launches with RoPE or gradients of slots. Entries
-# "..._learned" are for launches that compute dslots, and entries "..._half" are for float16. If there is no entry for a
-# variant, the entry without a suffix is used. An entry for a variant takes precedence over an override without a suffix. To
-# change the variant as well, an architecture also needs an override with the suffix.
+# Suffixes mark entries for variants of a launch. Entries "..._heavy" are for launches that need more registers. By default,
+# these are launches whose slots have the tokens' dtype, such as slots that are computed from tokens. In broadcast_forward and
+# broadcast_tokens, they are also launches with RoPE. In aggregate_tokens, they are also launches with more than 128 slots or
+# with float16. In broadcast_slots, they are only launches with RoPE or gradients of slots. Entries "..._learned" are for
+# launches that compute dslots, and entries "..._half" are for float16. If there is no entry for a variant, the entry without a
+# suffix is used. An entry for a variant takes precedence over an override without a suffix. To change the variant as well, an
+# architecture also needs an override with the suffix.
 TABLE = _entries(
     {
         ("aggregate_forward", 16, 16, 32): Tile(128, 64, 8, 1),
@@ -258,7 +258,7 @@ _WARP_GROUP = _entries(
         ("broadcast_slots_heavy", 16, 128): Tile(32, 128, 8, 1, apart=True),
         ("dft_channels", 16, 64): Tile(128, 64, 8, 3),
         ("dft_tokens", 16, 64): Tile(128, 128, 8, 3),
-        # A tile of 128 slots holds the usual number of random features, so a program loads them only once.
+        # A tile of 128 slots holds all random features if there are at most 128, so a program loads them only once.
         ("linear_aggregate_forward", 16, 16, 32): Tile(128, 64, 4, 1),
         ("linear_aggregate_forward", 16, 64): Tile(64, 64, 4, 1),
         ("linear_aggregate_forward", 16, 128): Tile(64, 64, 8, 1),

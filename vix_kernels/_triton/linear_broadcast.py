@@ -40,14 +40,14 @@ from .tiles import (
 )
 
 HALF_MAX = tl.constexpr(65504.0)  # the largest finite float16 number
-HALF_SCALE = tl.constexpr(2.0**14)  # factor of float16 weights, which are at most 1, so that small ones are not subnormal
+HALF_SCALE = tl.constexpr(2.0**14)  # factor of float16 weights, which are at most 1, to avoid subnormal weights
 SMALLEST = tl.constexpr(2.0**-100)  # lower limit of maxima, so that their inverses are finite
 TINY = tl.constexpr(2.0**-126)  # lower limit of denominators, so that 0 / 0 becomes 0
 
 
 @triton.jit
 def largest_norm(norms, norms_m, M, BLOCK_M: tl.constexpr, COMPUTE: tl.constexpr):
-    """Return the largest norm, which is a sum of features. Sums and norms are divided by it to avoid overflow."""
+    """Return the largest of a head's norms, which are sums of features. Sums and norms are divided by it to avoid overflow."""
     b_max = tl.full((BLOCK_M,), SMALLEST, COMPUTE)
     for first_slot in range(0, M, BLOCK_M):
         o_m = first_slot + tl.arange(0, BLOCK_M)
@@ -173,9 +173,9 @@ def linear_broadcast_tokens_kernel(
     """Compute dq for a chunk of tokens. For the slot gradients, also compute delta = <dout, out> and scale = largest / total.
 
     `largest` is the head's largest norm. delta is recomputed from the features, because `out` may have been rounded. If
-    <dout, values> - delta is small, this rounding error would dominate the difference. A token whose dout is 0 is not used, and
-    its scale is 0. Its query is read as 0, so the token, which may be padding, does not contribute to any gradient even if its
-    query contains NaN. If not TILED, the slots are loaded only once.
+    <dout, values> - delta is small, this rounding error would dominate the difference. For a token whose dout is 0, such as
+    padding, scale is 0 and the query is read as 0. The token then does not contribute to any gradient, even if its query
+    contains NaN. If not TILED, the slots are loaded only once.
     """
     i_bh, _, _, first, last = slot_program(1, N, chunk, 1)
     i_b, i_h = i_bh // H, i_bh % H

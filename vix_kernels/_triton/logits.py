@@ -1,11 +1,13 @@
 """Device functions for the logits of softmax attention.
 
 A kernel computes one exponential per logit. In the time that one exponential takes, a GPU issues about eight instructions,
-so every instruction per logit counts. Where possible, these functions do work per slot or token, or use matrix instructions.
+so every instruction per logit counts. Where possible, these functions work per slot or per token instead of per logit, or use
+matrix instructions.
 
 If slots are float32 and tokens 16-bit (SPLIT), each tile of slots is split into two 16-bit tiles when it is loaded. With FOLD,
 the tile is first multiplied by scale * log2(e), and vectors, such as biases, are added by a matrix product. With SPLIT,
-`broadcast` always uses FOLD, but `aggregate` only for bfloat16. A float32 number is the sum of three bfloat16 numbers, so
+`broadcast` always uses FOLD, but `aggregate` only for bfloat16. A float32 number y is the sum of three bfloat16 numbers y0, y1
+and y2, so the addition
 
     acc[n, m] + y[m]  =  acc + [1 1 1 0 ... 0] @ [y0 y1 y2 0 ... 0]^T
 
@@ -47,7 +49,7 @@ def three_columns(x, y, z):
 
 @triton.jit
 def bias_columns(bias):
-    """Return the tile (rows, 16) that adds `bias` in a product with `ones_columns`. `bias` is float32 and may contain -inf."""
+    """Return a tile (rows, 16) whose product with `ones_columns` adds `bias`. `bias` is float32 and may contain -inf."""
     high = cast(bias, tl.bfloat16).to(bias.dtype)
     rest = tl.where(bias == float("-inf"), 0.0, bias - high)  # -inf - -inf would be NaN
     middle = cast(rest, tl.bfloat16).to(bias.dtype)

@@ -33,7 +33,7 @@ def merge_sums_kernel(
 
 
 def merge_sums(parts: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum `parts` (batch, heads, chunks, M, E) and `numbers` (batch, heads, chunks, M) over the chunks.
+    """Return the sums of `parts` (batch, heads, chunks, M, E) and `numbers` (batch, heads, chunks, M) over the chunks.
 
     If there is only one chunk, no kernel is launched.
     """
@@ -88,9 +88,9 @@ def merge_softmax_kernel(
 
 
 def empty_slots(slots: Tensor, batch: int, num_heads: int, chunks: int, dtype: torch.dtype) -> Tensor:
-    """Allocate the gradient of `slots` for each chunk: (batch, heads, chunks, M, D).
+    """Return an uninitialized tensor (batch, heads, chunks, M, D) for the gradient of `slots` in each chunk.
 
-    The gradient has the slots' dtype if `sum_slots` has nothing to sum, otherwise `dtype`.
+    The tensor has the slots' dtype if `sum_slots` has nothing to sum, otherwise `dtype`.
     """
     alone = chunks == 1 and slots.shape[:2] == (batch, num_heads)
     return slots.new_empty(batch, num_heads, chunks, *slots.shape[2:], dtype=slots.dtype if alone else dtype)

@@ -1,9 +1,9 @@
 """Kernels for `pinv` (see primitives/pinv.py for the equations and _torch/pinv.py for the equations of a step).
 
-Each program processes whole heads. With few landmarks (at most the `slots` entry of the launch table) and few iterations, the
-steps keep the L x L matrices in registers (see pinv_registers.py). Otherwise, the matrices are in global memory, in a separate
-buffer for each program (see pinv_steps.py). To keep these buffers in the L2 cache, the kernels in this file are launched with
-only as many programs as can run at the same time. The programs loop over the heads of all samples.
+Each program processes whole heads. With at most `Tile.slots` landmarks and at most REGISTER_ITERATIONS iterations, the steps
+keep the L x L matrices of L landmarks in registers (see pinv_registers.py). Otherwise, the matrices are in global memory, in a
+separate buffer for each program (see pinv_steps.py). To keep these buffers in the L2 cache, the kernels in this file are
+launched with only as many programs as can run at the same time. The programs loop over the heads of all samples.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def apply(
     memory, PLACE: tl.constexpr, TURNED: tl.constexpr, base, stride, column, counts, i_b, counts_b, counts_l, L,
     WIDTH: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return the product of the matrix at PLACE (transposed if TURNED) and STEP columns of `base`, loaded with load_rows."""
+    """Return the product of matrix PLACE (transposed if TURNED) in `memory` and STEP columns of `base` (see load_rows)."""
     acc = tl.zeros((SIZE, STEP), memory.dtype.element_ty)
     for start in tl.range(0, L, STEP, disable_licm=True):
         rows = start + tl.arange(0, STEP)
@@ -270,7 +270,7 @@ def _in_registers(config: LaunchConfig, landmarks: int, iterations: int) -> bool
 
 
 def _parts(config: LaunchConfig, q_marks: Tensor) -> int:
-    """Return the number of float16 parts of each operand, or 0 if the products are in float64."""
+    """Return the number of float16 parts of each operand, or 0 if the products are computed in float64."""
     if q_marks.dtype == torch.float64:
         return 0
     return 1 if q_marks.element_size() == 2 or config.precision == "tf32" else 2

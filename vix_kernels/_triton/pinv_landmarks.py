@@ -1,4 +1,4 @@
-"""Device functions that all kernels of `pinv` share: loads of landmarks, their attention and the initial scale."""
+"""Device functions that all kernels of `pinv` share: loads of landmarks, their attention weights and the initial scale."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def load_rows(
     base, stride, rows, column, counts, i_b, counts_b, counts_l, L,
     WIDTH: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Load STEP columns of `base`, from `column` on, for the landmarks `rows`. Rows of invalid landmarks are 0."""
+    """Load STEP columns of `base`, starting at `column`, for the landmarks `rows`. Rows of invalid landmarks are 0."""
     valid = has_landmark(counts, i_b, counts_b, counts_l, rows, L, MASKED)
     return load_tile(base, rows, stride, valid, WIDTH, STEP, 0, True, False, column)
 
@@ -32,7 +32,7 @@ def attention(
     q, k, q_l, k_l, rows, columns, has_row, has_column, scale,
     D: tl.constexpr, STEP: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return rows of A, the attention of query landmarks to key landmarks. Rows and columns of invalid landmarks are 0."""
+    """Return rows of A, the attention weights between query and key landmarks. Rows and columns of invalid landmarks are 0."""
     logits = tl.zeros((rows.shape[0], columns.shape[0]), COMPUTE)
     for column in tl.range(0, D, STEP, disable_licm=True):
         b_q = load_tile(q, rows, q_l, has_row, D, STEP, 0, True, False, column)

@@ -5,8 +5,8 @@ For every polynomial p, Z p(A Z) = p(Z A) Z. The kernels can therefore multiply 
     X = Z A    W = X X - 7 X    Y = W X + 15 X    Z' = 1/4 (13 Z - Y Z)
 
 The left operand of a product is then usually the result of the previous product, which is still in registers. The right operand
-is stored in shared memory, as float16 unless the inputs are float64. A float16 product has the same error as a TF32 product and
-takes half the time.
+is stored in shared memory. Unless the inputs are float64, each operand consists of one or two float16 parts (see `parts`). A
+product with one part per operand has the same error as a TF32 product and takes half the time.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from .pinv_landmarks import attention, has_landmark, load_rows, start_scale
 from .pinv_steps import DA, DY, DZ, A, Z, part
 from .tiles import cast, dot, store_tile
 
-UNIT = tl.constexpr(64.0)  # scales operands that are split into two parts, so that the small part is not subnormal
+UNIT = tl.constexpr(64.0)  # factor of operands that are split into two parts, so that the small part is not subnormal
 LARGEST = tl.constexpr(7)  # the largest element of dZ is scaled to at least 2^-LARGEST and less than twice that
 
 
 @triton.jit
 def parts(x, PARTS: tl.constexpr):
-    """Convert x for `product`: no change if PARTS is 0, float16 if it is 1, or two float16 parts of UNIT * x if it is 2."""
+    """Return x as two tiles, high and low, for `product`.
+
+    Both are x if PARTS is 0, and x in float16 if it is 1. If PARTS is 2, they are two float16 parts of UNIT * x.
+    """
     if PARTS == 0:
         high, low = x, x
     elif PARTS == 1:
@@ -149,7 +152,7 @@ def store_products(
     x, y, out, y_l, out_l, counts, i_b, counts_b, counts_l, L, TURNED: tl.constexpr,
     WIDTH: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store x @ y, with x transposed if TURNED. `counts` has the number of tokens in the landmark of each row of y."""
+    """Store x @ y, with x transposed if TURNED. `counts` contains the number of tokens that each landmark averages."""
     o_l = tl.arange(0, SIZE)
     if TURNED:
         x = tl.trans(x)

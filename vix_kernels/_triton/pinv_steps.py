@@ -1,9 +1,9 @@
-"""Steps of the pseudo-inverse on matrices in global memory (see _torch/pinv.py for the equations).
+"""Steps of the pseudo-inverse iteration on matrices in global memory (see _torch/pinv.py for the equations).
 
-The matrices of a head are SIZE x SIZE, and their rows and columns beyond the landmarks are zero. They are stored one after the
-other in global memory that only one program uses. A product computes ROWS rows at a time and sums over STEP columns of the
-left matrix per iteration, so it needs few registers. Barriers are needed because threads read values that other threads have
-stored.
+The matrices of a head are SIZE x SIZE, and their rows and columns beyond the landmarks are zero. The matrices are stored one
+after the other in global memory that only one program uses. A product computes ROWS rows at a time and sums over STEP columns
+of the left matrix per iteration, so it needs few registers. Barriers are needed because threads read values that other threads
+have stored.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ FORWARD, BACKWARD = tl.constexpr(5), tl.constexpr(9)
 
 @triton.jit
 def part(memory, PLACE: tl.constexpr, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr):
-    """Return pointers to a part of the matrix at PLACE.
+    """Return pointers to ROWS rows and COLUMNS columns of the matrix with index PLACE, starting at `row` and `column`.
 
-    The pointers for different places differ by a constant, which needs no register.
+    The pointers for different matrices differ by a constant, which needs no register.
     """
     rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     return memory + (rows[:, None] * SIZE + columns[None, :]) + (PLACE * SIZE * SIZE + row * SIZE + column)

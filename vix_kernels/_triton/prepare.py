@@ -28,7 +28,7 @@ def aggregate_prepare_kernel(
 
     If SOFTMAX, delta = (<dvalues, values> - dlse / ln 2) / total. <dvalues, values> is computed in the same way as <unit, v> in
     the gradient kernels, so that the two cancel if a slot attends to only one token. If not SOFTMAX, the kernel prepares the
-    backward of linear_aggregate. Then delta = -dnumber, and 1 is used in place of total.
+    backward pass of linear_aggregate. Then delta = -dnumber, and 1 is used in place of total.
     """
     FOLD: tl.constexpr = SOFTMAX and unit.dtype.element_ty == tl.bfloat16
     i_bh = (tl.program_id(0) // tl.cdiv(M, BLOCK_M)).to(tl.int64)
@@ -78,7 +78,7 @@ def prepare(
     Args:
         dvalues: gradient of values or sums, (batch, heads, M, E).
         dnumber: gradient of lse or norms, (batch, heads, M), or None if it is 0.
-        values, total: results of aggregate_forward, or None in the backward of linear_aggregate, which has no softmax.
+        values, total: results of aggregate_forward, or None in the backward pass of linear_aggregate, which has no softmax.
         dtype: dtype of the tokens.
         precision: precision of float32 products.
 

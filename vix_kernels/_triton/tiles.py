@@ -141,8 +141,8 @@ def rotate_pairs(
     pairs = column // 2 + tl.arange(0, x.shape[1] // 2)
     at = angles[:, None] * (ROTARY // 2) + pairs[None, :]
     inside = valid[:, None] & (pairs < ROTARY // 2)[None, :]
-    # Some kernels load the same values before a loop and, with AGAIN, after it. The eviction policies differ, so the compiler
-    # does not merge the two loads. The values of a merged load would occupy registers during the loop.
+    # Gradient kernels load the same values before a loop and, with AGAIN, after it. The eviction policies differ, so the
+    # compiler does not merge the two loads. The values of a merged load would occupy registers during the loop.
     if AGAIN:
         c = tl.load(cos + at, mask=inside, other=1.0).to(x.dtype)
         s = tl.load(sin + at, mask=inside, other=0.0).to(x.dtype)
@@ -159,8 +159,8 @@ def rotate_pairs(
 def pair_channels(BLOCK_D: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr, column):
     """Return the first and the second channel of each pair, and masks of the channels below D.
 
-    This is for embeddings that are not INTERLEAVED: pair i consists of the channels i and i + ROTARY / 2. From channel ROTARY
-    on, adjacent channels form pairs.
+    This function is for embeddings that are not INTERLEAVED: pair i consists of the channels i and i + ROTARY / 2. From channel
+    ROTARY on, adjacent channels form pairs.
     """
     pairs = column // 2 + tl.arange(0, BLOCK_D // 2)
     if ROTARY == D:  # a separate case, so that the compiler sees two contiguous ranges and uses 128-bit accesses

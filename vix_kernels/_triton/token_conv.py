@@ -1,8 +1,8 @@
 """Kernels for `token_conv`: products of a banded matrix and tokens (see primitives/token_conv.py for the equation).
 
-To compute a tile of outputs, a program splits the tile into groups of 32 tokens. The program reads the window of each group,
-which has TAPS - 1 additional tokens, and multiplies the banded matrix by up to BLOCK_K tokens of each window at a time. The
-gradient of v is a convolution of dout with the reversed filter. For the gradient of the filter, the tokens of a tile are
+To compute a tile of outputs, a program splits the tile into groups of up to 32 tokens. The program reads the window of each
+group, which has TAPS - 1 additional tokens, and multiplies the banded matrix by up to BLOCK_K tokens of each window at a time.
+The gradient of v is a convolution of dout with the reversed filter. For the gradient of the filter, the tokens of a tile are
 multiplied by a window of dout, and the products are summed along diagonals.
 """
 
@@ -35,11 +35,12 @@ def banded(
     TAPS: tl.constexpr, FLIP: tl.constexpr, MASKED: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return acc (tokens, BLOCK_E) plus the convolution of x. Row 0 of acc is for token `first`. FLIP reverses the filter.
+    """Return acc (tokens, BLOCK_E) plus the convolution of x. Row 0 of acc is token `first`. FLIP reverses the filter.
 
     x, weight and mask point to the data of one sample and head. weight is contiguous. x_n and mask_n are the strides between
-    tokens. The tokens of acc form groups, whose windows are adjacent in the columns of b_x. All groups are multiplied by the
-    same banded matrix. It is kept small, because each of its elements takes a separate load.
+    tokens. The tokens of acc form groups of up to 32. The windows of all groups are loaded side by side, as columns of one
+    tile, and multiplied by the same banded matrix. This matrix is kept small, because each of its elements takes a separate
+    load.
     """
     GROUP: tl.constexpr = min(acc.shape[0], 32)
     GROUPS: tl.constexpr = acc.shape[0] // GROUP

@@ -1,1 +1,4 @@
-"""Integrations with other libraries. They keep a library's names, signatures and weights but run vix_kernels' attentions."""
+"""Integrations with other libraries.
+
+An integration keeps a library's names, signatures and weights, but computes attention with vix_kernels.
+"""

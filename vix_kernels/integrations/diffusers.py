@@ -1,4 +1,4 @@
-"""Integration with diffusers: replace the self-attentions in its models."""
+"""Integration with diffusers: replace the self-attention layers in its models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ with host("diffusers", "0.38"):
 
 
 class VixAttnProcessor(AttnProcessor2_0):
-    """An AttnProcessor2_0 that computes attention with the child module `vix` of the Attention that calls it."""
+    """An AttnProcessor2_0 that computes attention with the child module `vix` of the calling Attention module."""
 
     def __call__(  # diffusers' Attention only passes arguments that this signature names
         self,
@@ -26,10 +26,10 @@ class VixAttnProcessor(AttnProcessor2_0):
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        """Compute the output like AttnProcessor2_0, but with `attn.vix` instead of softmax attention.
+        """Return the output of AttnProcessor2_0, computed with `attn.vix` instead of softmax attention.
 
         Raises:
-            NotImplementedError: the call is a cross-attention, or the mask is not a padding mask.
+            NotImplementedError: encoder_hidden_states is given (cross-attention), or the mask is not a padding mask.
         """
         if encoder_hidden_states is not None:
             raise NotImplementedError("encoder_hidden_states: expected None; cross-attention is not supported")
@@ -38,19 +38,19 @@ class VixAttnProcessor(AttnProcessor2_0):
 
 
 def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **options: Any) -> Report:
-    """Replace the self-attentions in a diffusers model by changing their processors. Parameters and their names do not change.
+    """Replace the self-attention in a diffusers model, in place. Existing parameters keep their names and values.
 
         report = replace_attention(pipeline.transformer, "nystrom", num_landmarks=64)
 
-    Only self-attentions whose processor is an AttnProcessor2_0 are replaced. For example, the attentions in Flux and SD3 have
-    other processors, because they process several token streams.
+    The processor of each self-attention layer with an AttnProcessor2_0 is replaced. Layers with other processors are not
+    supported. Examples are the attention layers in Flux and SD3, which process several token streams.
 
     Args:
         model: a diffusers model that contains diffusers.models.attention_processor.Attention modules.
         op, retrain, options: as in DropIn. Each layer has different random features.
 
     Returns:
-        a report that lists the replaced layers, and the other attention layers with the reason why they were not replaced.
+        a report that lists the replaced layers, and the reason for each attention layer that was not replaced.
 
     Raises:
         ValueError: nothing could be replaced, or `op` needs retrain=True.
@@ -61,7 +61,7 @@ def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **opt
         reason_against=_reason_against,
         site_of=lambda attention: Site(attention.inner_dim // attention.heads, attention.heads),
         adapt=lambda module: module.set_processor(VixAttnProcessor()),
-        expected="a self-attention of diffusers' class Attention",
+        expected="a self-attention layer of diffusers' class Attention",
     )
 
 
@@ -70,7 +70,7 @@ def _reason_against(module: nn.Module) -> str:
         return f"{type(module).__name__}, which is not the Attention of diffusers.models.attention_processor"
     if module.is_cross_attention:
         return "cross-attention"
-    # Attentions with unscaled logits are not supported. Their default processor is an AttnProcessor.
+    # By default, modules with unscaled logits (scale_qk=False) have an AttnProcessor, so they are not replaced.
     if type(module.processor) not in (AttnProcessor2_0, VixAttnProcessor):
         return f"a processor of class {type(module.processor).__name__}"
     return ""

@@ -1,8 +1,8 @@
-"""A replacement for softmax attention with the signature of `torch.nn.functional.scaled_dot_product_attention`.
+"""A replacement for softmax attention, with the signature of `torch.nn.functional.scaled_dot_product_attention`.
 
 The integrations call this replacement instead of that function. A core (see nn/core.py) computes the attention. Arguments that
 the core does not support raise NotImplementedError, because ignoring them would silently change the results. There are two
-exceptions: dropout="ignore" ignores dropout, and "linear" always ignores the scale.
+exceptions: with dropout="ignore", dropout is ignored, and the op "linear" always ignores the scale.
 """
 
 from __future__ import annotations
@@ -31,35 +31,36 @@ def _admit(core: type[Mixer]) -> None:
 
 
 class DropIn(Mounted):
-    """An attention that is called like `scaled_dot_product_attention`.
+    """An attention module with the signature of `scaled_dot_product_attention`.
 
-    An integration creates a DropIn from the user's options. `replace_sdpa` and `register` call this DropIn directly. Most other
-    integrations add a copy, created by `mounted`, to each attention module of a model as the child module `vix`. Only these
-    copies can have parameters, and most kinds of attention have none. In this library's models, the attention modules contain
-    cores, so zoo.py adds no copies.
+    An integration creates a DropIn from the user's options. `replace_sdpa` and `register` call this DropIn directly.
+    `replace_attention` and `replace_mha` add a copy of it to each attention module as the child module `vix`. Only these copies
+    can have parameters. In models of this library, `replace_attention` adds no copies, but changes the core (see nn/core.py) of
+    each attention module.
 
     Args:
-        op: the name of a core: "nystrom", "performer", "feature", "linear", "agent", or one registered by another package.
+        op: the attention method: "nystrom", "performer", "feature", "linear", "agent", or the name of a core that another
+            package registered.
         retrain: whether the model was, or will be, trained with this attention. Must be True for all ops except "nystrom", and
-            for "nystrom" with a residual convolution. These attentions do not closely approximate softmax attention, so weights
-            trained with softmax would give wrong results.
-        backend: "auto" | "triton" | "torch" | "reference".
-        dropout: how to handle attention dropout, which a linear-cost attention cannot compute: "refuse" raises
+            for "nystrom" with a residual convolution. These methods do not closely approximate softmax attention, so weights
+            trained with softmax attention would give wrong results.
+        backend: "auto", "triton", "torch" or "reference".
+        dropout: how to handle attention dropout, which linear-cost attention does not support: "refuse" raises
             NotImplementedError, and "ignore" computes the attention without dropout.
         options: options of the core. "nystrom" accepts num_landmarks, landmarks, grid_size, prefix_tokens, pinv_iterations,
             pinv_init and residual_conv_kernel; "performer" accepts num_features and seed; "feature" accepts num_features,
             gaussian and seed; "linear" accepts feature_map and eps; "agent" accepts num_agents, grid_size and prefix_tokens.
-            All except "linear" accept exact_prefix, by default True: class and register tokens attend by exact softmax. The
-            number of landmarks or agents is reduced if there are fewer tokens. The random features of "performer" are
-            generated from `seed` and are not saved with the model.
+            All except "linear" accept exact_prefix. If it is True, the default, class and register tokens use exact softmax
+            attention. If num_landmarks or num_agents exceeds the number of tokens, fewer landmarks or agents are used. The
+            random features of "performer" are generated from `seed` and are not saved with the model.
 
     Attributes:
         core: the core that computes the attention.
-        host: the class of the host's attention module before the replacement, or None if the module was built with `vix`.
-        prefix_tokens: the number of class and register tokens of the model, or 0 if it is unknown.
-        num_tokens: the number of tokens at the image size that the model is configured for, or None if it is unknown.
-        grid: the hook that records the token grid of each call, on which landmarks and agents are placed. None if no hook
-            determines their placement.
+        host: the class of the attention module before the replacement, or None if the module was created with this attention.
+        prefix_tokens: the number of class and register tokens of the model, or 0 if this number is unknown.
+        num_tokens: the number of tokens at the model's configured image size, or None if this number is unknown.
+        grid: the hook that records the token grid of each call. Landmarks and agents are placed on this grid. None: they are
+            placed as the options specify.
     """
 
     # Defaults for instances that earlier versions pickled without these attributes
@@ -92,7 +93,7 @@ class DropIn(Mounted):
         self.is_mounted = False
 
     def mounted(self, site: Site) -> DropIn:
-        """Return a copy for the layer at `site`, with separate parameters and with the random features of this layer."""
+        """Return a copy for the layer at `site`. It has separate parameters, and random features that depend on the layer."""
         copy = DropIn(self.op, retrain=True, backend=self.backend, dropout=self.dropout, **self.options)
         copy.core = self.core.fit(site)
         if copy.core.needs_module():
@@ -101,28 +102,28 @@ class DropIn(Mounted):
         return copy
 
     def like(self, host: nn.Module) -> DropIn:
-        """Adopt the device, dtype and training mode of `host`, the module that holds this attention. Return this attention."""
+        """Adopt the device, dtype and training mode of `host`, the module that will contain this module. Return self."""
         weight = next((x for x in host.parameters() if x.is_floating_point()), None)
         return (self if weight is None else self.to(weight.device, weight.dtype)).train(host.training)
 
     def without_module(self) -> DropIn:
-        """Return this attention after checking that it has no parameters. Callers without a module cannot store parameters.
+        """Return self after checking that the attention needs no parameters, which only copies from `mounted` can have.
 
         Raises:
-            ValueError: the attention has parameters.
+            ValueError: the attention needs parameters.
         """
         if self.core.needs_module():
             raise ValueError(
-                f"{', '.join(self.options) or 'op'}: expected an attention without parameters, got {self.core}: no module can "
+                f"{', '.join(self.options) or 'op'}: expected attention without parameters, got {self.core}: no module can "
                 "hold its parameters here"
             )
         return self
 
     def place(self, prefix_tokens: int, grid: TokenGrid | None) -> None:
-        """Place landmarks or agents on `grid`, after `prefix_tokens` tokens, unless the options specify other positions.
+        """Place landmarks or agents on `grid`, after `prefix_tokens` tokens, unless the options specify a different placement.
 
-        With the option exact_prefix=True, the first `prefix_tokens` tokens attend by exact softmax. With landmarks="pad_front",
-        exact_prefix=True has no effect.
+        With the option exact_prefix=True, the first `prefix_tokens` tokens use exact softmax attention. With
+        landmarks="pad_front", exact_prefix=True has no effect.
         """
         self.prefix_tokens = prefix_tokens
         size = None if grid is None else grid.size_of()
@@ -136,7 +137,7 @@ class DropIn(Mounted):
         self.grid = grid if self.allows_grid() and "grid_size" not in self.options else None
 
     def allows_grid(self) -> bool:
-        """Return whether landmarks or agents may be placed on a grid: whether `landmarks` is "grid" or not given."""
+        """Return whether landmarks or agents may be placed on a grid: the option `landmarks` must be "grid" or absent."""
         return self.options.get("landmarks", "grid") == "grid"
 
     def placed(self, tokens: int | None = None) -> Core:
@@ -173,7 +174,9 @@ class DropIn(Mounted):
         group: Any | None = None,
         grid_size: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Compute attention like `scaled_dot_product_attention`. Inputs and output have shape (batch, heads, tokens, head_dim).
+        """Compute attention like `scaled_dot_product_attention`.
+
+        query, key, value and the output have shape (batch, heads, tokens, head_dim).
 
         Args:
             attn_mask: a padding mask that is the same for all heads and queries, such as (batch, 1, 1, tokens). A bool mask is
@@ -181,15 +184,16 @@ class DropIn(Mounted):
                 keys.
             key_padding_mask: bool (batch, tokens), True = valid.
             rope: rotary embedding to apply to query and key.
-            self_attention: whether query and key come from the same tokens. None: True if they have the same number of tokens.
+            self_attention: whether query and key come from the same tokens. Defaults to True if they have the same
+                number of tokens, and to False otherwise.
             cu_seqlens, group: start offsets of packed samples, and the process group across which the tokens are sharded.
                 Neither is supported yet.
             grid_size: (rows, columns) of the grid that the tokens after the prefix form. Landmarks and agents are placed on
                 this grid if `allows_grid` returns True.
 
         Raises:
-            NotImplementedError: an argument is not supported, such as causal or grouped attention, a mask that is not a padding
-                mask, or dropout if it is not ignored.
+            NotImplementedError: an argument is not supported, such as causal attention, grouped-query attention, a mask that is
+                not a padding mask, or dropout with dropout="refuse".
         """
         if is_causal:
             raise NotImplementedError("is_causal: expected False; causal attention is not supported")
@@ -234,9 +238,9 @@ class DropIn(Mounted):
 class TokenGrid:
     """Forward hook that records the token grids of a vision transformer.
 
-    It is registered on the patch embedding, the only module that sees the image size. `sizes` maps a number of tokens to a grid
-    (rows, columns), with the most recent grid last. Earlier grids are kept because activation checkpointing may recompute the
-    attention of a call after later calls.
+    It is registered on the patch embedding, which receives the images. `sizes` maps a number of tokens to a grid (rows,
+    columns), with the most recent grid last. Earlier grids are kept, because activation checkpointing may recompute the
+    attention of an earlier call.
     """
 
     def __init__(self) -> None:
@@ -253,12 +257,12 @@ class TokenGrid:
         self.sizes[rows * columns] = rows, columns
 
     def size_of(self, tokens: int | None = None) -> tuple[int, int] | None:
-        """Return the grid with `tokens` tokens, or else the most recent grid, or None if no grid was recorded."""
+        """Return the grid with `tokens` tokens if it was recorded, else the most recent grid, or None if there is no grid."""
         return self.sizes.get(tokens) or (list(self.sizes.values())[-1] if self.sizes else None)
 
 
 def _check_places(core: Core, *lengths: int) -> None:
-    """Check that the prefix and the grid of `core` fit sequences of the given lengths."""
+    """Check that the prefix and the grid of `core` match sequences of the given lengths."""
     prefix, grid = core.prefix_tokens, core.grid_size
     for tokens in lengths:
         if tokens <= prefix:
@@ -269,7 +273,7 @@ def _check_places(core: Core, *lengths: int) -> None:
 
 
 def check_trained(core: Core, retrain: bool) -> None:
-    """Raise ValueError if `retrain` is False and the core requires a model that was trained with this core."""
+    """Raise ValueError if `retrain` is False and `core` requires weights that were trained with it."""
     if not core.takes_trained_weights() and not retrain:
         raise ValueError(
             f"retrain: expected True for {core.name!r}, got False: it does not approximate softmax attention closely enough "
@@ -278,7 +282,7 @@ def check_trained(core: Core, retrain: bool) -> None:
 
 
 def padding_of(attn_mask: Tensor, key: Tensor) -> Tensor:
-    """Convert `attn_mask` to a bool padding mask (batch, tokens).
+    """Convert `attn_mask` to a bool padding mask (batch, tokens), True = valid.
 
     `attn_mask` must be broadcastable to (batch, heads, queries, tokens) and the same for all heads and queries.
     """
@@ -300,9 +304,9 @@ def valid_tokens(additive: Tensor) -> Tensor:
     """Convert an additive mask to a bool mask that is True where the additive mask is 0.
 
     All other values, such as -inf, must be at most half the lowest finite value of the dtype. A larger value would be a bias,
-    which is not supported. On a CPU, a bias raises NotImplementedError. On a GPU and in compiled code, an asynchronous
-    assertion fails instead, because raising an exception would require synchronizing with the device. After this assertion
-    fails on a GPU, the process can no longer use the GPU.
+    which is not supported. On a CPU in eager mode, a bias raises NotImplementedError. On a GPU and in compiled code,
+    torch._assert_async checks the values, because raising this error would require a synchronization or a graph break. If the
+    assertion fails on a GPU, the process can no longer use the GPU.
     """
     valid = additive == 0
     masked = additive <= torch.finfo(additive.dtype).min / 2

@@ -1,4 +1,7 @@
-"""Helper functions for the integrations: check versions of host libraries, replace attention modules, and undo changes."""
+"""Helper functions for the integrations with host libraries, which define the models whose attention is replaced.
+
+The functions check library versions, replace attention modules, and undo replacements.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ def host(package: str, oldest: str) -> Iterator[None]:
 
 
 def require_call(package: str, kind: type[nn.Module], host: type[nn.Module], ignored: Sequence[str] = ()) -> None:
-    """Raise ImportError unless the forward of `kind` accepts every argument of the `host` forward that it replaces.
+    """Raise ImportError unless `kind.forward` accepts every argument of `host.forward`, which it replaces.
 
     `ignored` lists arguments that `host` accepts but does not use.
     """
@@ -81,24 +84,27 @@ def replace_each(
     site_of: Callable[[nn.Module], Site] = lambda module: Site(module.head_dim, module.num_heads),
     place: Callable[[str, DropIn], None] = lambda name, attention: None,
 ) -> Report:
-    """Make every supported attention module in `model` use a copy of `attention`, which becomes its child module `vix`.
+    """Make every supported attention module in `model` use a copy of `attention`, which is added as the child module `vix`.
 
     If an error occurs, undo all replacements.
 
     Args:
         model: the host model.
         attention: the new attention.
-        reason_against: a function that returns why a module cannot be replaced, or an empty string if it can.
+        reason_against: a function that returns why a module cannot be replaced, or an empty string if it can be replaced.
         adapt: a function that makes a module use its child module `vix`.
         expected: the expected kind of model or layer, for the error message.
-        layers: names or patterns, such as "blocks.1*", of the modules to replace. None: all. The report omits modules that do
-            not match any of them.
+        layers: names or patterns, such as "blocks.1*", of the modules to replace. None: all. The report omits other
+            modules.
         site_of: a function that returns the Site of a module, including the number and width of its heads.
-        place: a function that receives a module's name and the copy of `attention` for it, and tells the copy how the tokens
-            are arranged: the number of prefix tokens and the grid.
+        place: a function that receives the name of a module and the module's copy of `attention`. It sets the number of prefix
+            tokens and the grid of the copy.
+
+    Returns:
+        a report that lists the replaced layers, and the reason for each attention layer that was not replaced.
 
     Raises:
-        ValueError: nothing could be replaced, or a pattern matches no attention.
+        ValueError: nothing could be replaced, or a pattern matches no attention layer.
     """
     report, chosen = Report(repr(attention), model=model), []
     for name, module in selected(attentions(model), layers):
@@ -129,7 +135,7 @@ def replace_each(
 class Snapshot:
     """A copy of the classes and attributes of all modules of a model, but not of the values of its tensors.
 
-    `restore` undoes changes to the modules, such as replaced attentions.
+    `restore` undoes changes to the modules, such as replacements of their attention.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -137,7 +143,7 @@ class Snapshot:
             name: (module, type(module), {key: (value, _copy(value)) for key, value in vars(module).items()})
             for name, module in model.named_modules()
         }
-        # The configurations of a transformers model and of its parts, and the attention that each configuration selects
+        # The configurations in a transformers model, and the attention that each one selects
         configs = [getattr(module, "config", None) for module in model.modules()]
         self.configs = {
             id(each): (each, each._attn_implementation_internal, vars(each).get(ENTRY))
@@ -146,7 +152,7 @@ class Snapshot:
         }
 
     def restore(self, layers: Sequence[str] | None = None) -> None:
-        """Restore all modules, or only those in `layers` (names) and their children."""
+        """Restore all modules, or only the modules named in `layers` and their submodules."""
         for name, (module, kind, state) in self.modules.items():
             if layers is None or any((name or ROOT) == layer or name.startswith(f"{layer}.") for layer in layers):
                 module.__class__ = kind
@@ -165,17 +171,17 @@ class Snapshot:
 
                 found = replaced_layers(self.modules[""][0], config)
             if found is None:
-                # Unlike the setter of _attn_implementation, this does not change the configurations of parts.
+                # Unlike the setter of _attn_implementation, this does not change sub-configurations.
                 config._attn_implementation_internal, found = implementation, entry
             vars(config).pop(ENTRY, None)
             vars(config).update({} if found is None else {ENTRY: found})
 
 
 def _copy(value: Any) -> Any:
-    """Copy a dict, such as a module's `_parameters` or `_forward_hooks`. Return any other value unchanged.
+    """Copy a dict or an OrderedDict, such as a module's `_parameters` or `_forward_hooks`. Return any other value unchanged.
 
-    Instances of other subclasses of dict, such as the read-only configurations of diffusers, are not copied, because changing
-    them in place may raise an error.
+    Other subclasses of dict, such as diffusers' read-only configurations, are not copied, because changing them in place may
+    raise an error.
     """
     return value.copy() if type(value) in (dict, OrderedDict) else value
 
@@ -190,15 +196,18 @@ def patch_each(
 ) -> Report:
     """Change the class of every module in `model` whose class is a key of `classes`. Modules keep all their attributes.
 
-    Modules that an earlier call changed are also listed as replaced. Instances of subclasses, and of other classes with the
-    same names, are listed as refused, because they may compute something else.
+    The report also lists modules that an earlier call changed. Instances of subclasses, and of other classes with the same
+    names, are not changed, because they may compute something else.
 
     Args:
         model: the host model.
-        classes: maps each class of the host to an equivalent subclass.
+        classes: maps each class of the host library to an equivalent subclass.
         attention: a description of the new attention, for the report.
         expected: the expected kind of model, for the error message.
-        reason_against: a function that returns why a module cannot be replaced, or an empty string if it can.
+        reason_against: as in replace_each.
+
+    Returns:
+        a report that lists the changed modules, and the reason for each module that was not changed.
 
     Raises:
         ValueError: nothing could be replaced. The model is then unchanged.
@@ -232,19 +241,22 @@ def patch_package(
     reason_against: Callable[[nn.Module], str],
     ignored: Sequence[str] = (),
 ) -> Report:
-    """Make modules in `model` run the forward of `ours`, if their class in `package` has the same name as `ours`.
+    """Find the class in `package` with the same name as `ours`, and make its instances in `model` run `ours.forward`.
 
     Args:
         model: a model that contains modules of the package.
         package, oldest: the package and its oldest supported version.
-        ours: the equivalent class, with the same parameters. Its forward uses the attributes of the package's modules, and
-            `compat` and `backend`, which are added as class attributes.
+        ours: an equivalent class with the same parameters. Its forward method uses the attributes of the package's class, and
+            the class attributes `compat` and `backend`, which this function adds.
         backend: the backend of the new attention.
-        reason_against: as in patch_each.
-        ignored: arguments that the package's forward accepts but does not use.
+        reason_against: as in replace_each.
+        ignored: arguments that the package's forward method accepts but does not use.
+
+    Returns:
+        a report that lists the changed modules, and the reason for each module that was not changed.
 
     Raises:
-        ImportError: the package is not installed or not supported, or the import finds a different copy of it.
+        ImportError: the package is not installed or not supported, or the import finds a copy other than the installed one.
         ValueError: nothing could be replaced. The model is then unchanged.
     """
     check_model(model)
@@ -268,12 +280,12 @@ class _Patched(type):
     """Metaclass of the classes that `patched` returns. Pickle recreates these classes instead of importing them."""
 
 
-_HOSTS: dict[type, type[nn.Module]] = {}  # maps each class that `patched` returned to the class of the host
+_HOSTS: dict[type, type[nn.Module]] = {}  # maps each class that `patched` returned to `host`
 
 
 @cache
 def patched(host: type[nn.Module], ours: type[nn.Module], backend: str) -> type[nn.Module]:
-    """Return a subclass of `host` and `ours` with the forward of `ours`. The other methods of `host` stay in effect."""
+    """Return a subclass of `host` and `ours` with the forward method of `ours`. Other methods of `host` take precedence."""
     namespace = {"forward": ours.forward, "compat": True, "backend": backend, "__module__": ours.__module__}
     kind = _Patched(host.__name__, (host, ours), namespace)
     _HOSTS[kind] = host
@@ -289,7 +301,7 @@ copyreg.pickle(_Patched, _reduce)
 
 
 def unpatch(model: nn.Module) -> list[str]:
-    """Undo `patch` in a model with modules of performer-pytorch, nystrom-attention or linformer, in place.
+    """Undo `patch` in a performer-pytorch, nystrom-attention or linformer model, in place.
 
     Returns:
         the names of the restored modules.
@@ -307,9 +319,9 @@ def unpatch(model: nn.Module) -> list[str]:
 
 
 def reason_against_linear(module: nn.Module, *names: str) -> str:
-    """Return why a layer in `names` of `module` is not an nn.Linear without bias, or an empty string if all are.
+    """Return an error message if a layer of `module` in `names` is not an nn.Linear without bias, else an empty string.
 
-    The replacements apply these layers to zeros, or to sums of tokens. With a bias or another module, results would differ.
+    The replacements apply these layers to zeros or to sums of tokens, so a bias or another class would change the results.
     """
     for name in names:
         layer = getattr(module, name)
@@ -320,7 +332,7 @@ def reason_against_linear(module: nn.Module, *names: str) -> str:
 
 
 def selected(found: Iterable[tuple[str, nn.Module]], layers: Sequence[str] | None) -> list[tuple[str, nn.Module]]:
-    """Return the modules whose names match one of the patterns in `layers`, or all modules if `layers` is None."""
+    """Return the pairs in `found` whose names match one of the patterns in `layers`, or all pairs if `layers` is None."""
     found = list(found)
     if layers is None:
         return found
@@ -331,7 +343,7 @@ def selected(found: Iterable[tuple[str, nn.Module]], layers: Sequence[str] | Non
     for pattern in layers:
         if not fnmatch.filter((name for name, _ in found), pattern):
             names = ", ".join(name for name, _ in found[:3]) or "none"
-            raise ValueError(f"layers: expected names of attentions ({names}, ...), got {pattern!r}")
+            raise ValueError(f"layers: expected names of attention layers ({names}, ...), got {pattern!r}")
     return [(name, module) for name, module in found if any(fnmatch.fnmatch(name, pattern) for pattern in layers)]
 
 
@@ -346,10 +358,10 @@ def check_model(model: nn.Module) -> None:
 
 
 def attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (name, module) for each attention in `model`.
+    """Yield (name, module) for each attention module in `model`.
 
     These are the modules whose class name contains Attention or Attn, but not Block, and timm's ParallelScalingBlocks, which
-    have no attention module.
+    compute attention without an attention module.
     """
     check_model(model)
     for name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""Integration with Hugging Face kernels: register layers that `kernelize` can use in transformers models."""
+"""Integration with the Hugging Face kernels library: register layers that `kernelize` can use in transformers models."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class VixFNetBasicFourierTransform(nn.Module):
 
 @dataclass(frozen=True)
 class InPackage:
-    """Entry for the layer mapping of the kernels library. Its layer is defined in this package, so nothing is downloaded."""
+    """Entry of the kernels library's layer mapping. The layer is defined in this package, so nothing is downloaded."""
 
     layer: type[nn.Module]
 
@@ -56,9 +56,8 @@ def register() -> None:
         register()
         model = kernelize(model, mode=Mode.TRAINING, device="cuda")
 
-    Parameters do not change. Outputs change only if a sequence consists entirely of padding. The docstring of
-    `vix_kernels.integrations.transformers.patch`, which makes the same replacements without the kernels library, describes this
-    difference.
+    Parameters do not change. Outputs change only for sequences that consist entirely of padding. See
+    `vix_kernels.integrations.transformers.patch`, which makes the same replacements without the kernels library.
     """
     layers = {
         "NystromformerSelfAttention": VixNystromformerSelfAttention,

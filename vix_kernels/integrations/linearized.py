@@ -1,8 +1,9 @@
 """Save and load models in which softmax attention was replaced.
 
-The models are from this library, timm or transformers, or contain nn.MultiheadAttention. A folder contains model.safetensors
-and linearized.json. The JSON lists the attention and its options for each replaced layer. The names in the JSON are only looked
-up in registries of attentions, models, activations and norms (of this library, timm and transformers). They are never imported.
+The models are from this library, timm or transformers, or contain nn.MultiheadAttention. Each model is saved to a folder, as
+model.safetensors and linearized.json. linearized.json lists the attention method and its options for each replaced layer. Names
+in this file are only looked up in the registries of attention methods, models, activations and norms of this library, timm and
+transformers. They are never imported.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from .hosts import Snapshot, check_model
 from .swap import holders, host_of, replace_attention
 
 CONFIG = "linearized.json"
-PROGRESS = "linearize.pt"  # the checkpoint of a conversion, which `vix linearize` removes after it saves the model
+PROGRESS = "linearize.pt"  # the checkpoint of `vix linearize`, which is removed after the model is saved
 # Arguments of timm.create_model that linearized.json may contain
 TIMM_ARGUMENTS = frozenset(
     """
@@ -48,7 +49,7 @@ TIMM_ARGUMENTS = frozenset(
     use_pre_transformer_norm use_rot_pos_emb
     """.split()
 )
-# Attributes of modules that change the output but neither the parameters nor the child modules
+# Module attributes that affect the output, but not the parameters or the child modules
 SETTINGS = """
     activation base batch_first global_pool grid_indexing grid_offset grid_type head_dim linear_bands max_period
     max_res min_period norm_first normalize_coords num_attention_heads num_heads num_prefix_tokens
@@ -63,8 +64,8 @@ def save_linearized(
 ) -> None:
     """Save a model whose attention was replaced, for example by `linearize`, to a folder.
 
-    Both files are complete before the first of them appears in the folder. If `model` is from timm, transformers or this
-    library, but `load_linearized(folder)` will not be able to create it, a warning says why.
+    model.safetensors and linearized.json are written completely before either appears in the folder. If `model` is from timm,
+    transformers or this library, but `load_linearized(folder)` will not be able to create it, a warning states the reason.
 
     Args:
         model: a model from this library, timm or transformers, or one with nn.MultiheadAttention.
@@ -75,8 +76,8 @@ def save_linearized(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: the model has no replaced attention, or its state dict contains an entry that is not a tensor, or `folder`
-            is a file or contains a different kind of model, or `overwrite` is not set and the folder contains a model.
+        ValueError: `model` has no replaced attention, its state dict contains an entry that is not a tensor, or `folder` is a
+            file or contains a model. With overwrite=True, the folder may contain a model that this function saved.
     """
     check_model(model)
     config = _described_model(model)
@@ -108,11 +109,12 @@ def save_linearized(
 def check_folder(folder: str | Path, *, overwrite: bool = False) -> Path:
     """Return `folder` as a Path, after checking that `save_linearized` may write to it.
 
-    The folder may contain an unfinished conversion, or a part of a model that an interrupted call of `save_linearized` wrote.
+    The folder may contain a checkpoint of `vix linearize`, or part of a model from an interrupted call to `save_linearized`.
 
     Raises:
         TypeError: `folder` is not a path.
-        ValueError: `folder` is a file, or contains a different kind of model, or contains a model and `overwrite` is not set.
+        ValueError: `folder` is a file or contains a model. With overwrite=True, the folder may contain a model that
+            `save_linearized` saved.
     """
     folder = folder_path(folder)
     if folder.exists() and not folder.is_dir():
@@ -128,8 +130,8 @@ def check_folder(folder: str | Path, *, overwrite: bool = False) -> Path:
 def reason_against_creating(model: nn.Module) -> str:
     """Return why `load_linearized` cannot create `model` from a saved folder, or an empty string if it can.
 
-    This function can be called before or after the attention of `model` is replaced. For models with nn.MultiheadAttention,
-    which `load_linearized` never creates, the result is an empty string.
+    This function can be called before or after the attention of `model` is replaced. For models that are not from this library,
+    timm or transformers, the result is an empty string, although `load_linearized` never creates them.
     """
     if host_of(model) == "torch.nn":
         return ""
@@ -145,19 +147,19 @@ def reason_against_creating(model: nn.Module) -> str:
 
 
 def load_linearized(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """Load a model that `save_linearized` saved, and set it to evaluation mode.
+    """Return the model that `save_linearized` saved, in evaluation mode.
 
     Args:
-        folder: the folder.
-        model: a new model with the architecture of the saved one and with softmax attention. It is changed in place. None:
+        folder: the folder that `save_linearized` wrote.
+        model: a new model with the architecture of the saved model and with softmax attention. It is changed in place. None:
             create the model. This is only possible for models from this library, timm and transformers. For a timm model, the
-            arguments of timm.create_model must have been numbers, booleans, strings, or lists or tuples of these.
+            arguments of timm.create_model must have been None, numbers, booleans, strings, or lists or tuples of these.
 
     Raises:
         FileNotFoundError: the folder or a file is missing.
         TypeError: `model` is not an nn.Module.
-        ValueError: a file is damaged or names an unknown attention or model, the model cannot be created, or `model` or the
-            weights do not fit. `model` is unchanged.
+        ValueError: a file is damaged or names an unknown attention method or model, the model cannot be created, or
+            linearized.json does not match `model` or the weights. `model` is then unchanged.
     """
     if model is not None:
         check_model(model)
@@ -184,7 +186,7 @@ def load_linearized(folder: str | Path, model: nn.Module | None = None) -> nn.Mo
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the contents of linearized.json after checking them."""
+    """Check the contents of linearized.json in `folder`, and return them."""
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"folder: expected a folder written by save_linearized, got {folder}, which has no {CONFIG}")
@@ -205,13 +207,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _described_model(model: nn.Module) -> dict[str, Any]:
-    """Return the contents of linearized.json for `model`, without the description of the images."""
+    """Return the contents of linearized.json for `model`, without the entry "data"."""
     layers = {name: described(holder) for name, holder in holders(model).items() if holder.core.name != "softmax"}
     return {"vix_kernels": __version__, "host": _describe_host(model), "structure": _structure(model), "layers": layers}
 
 
 def _restore(model: nn.Module, config: dict[str, Any], state: Mapping[str, Tensor], path: Path, cast: bool) -> None:
-    """Replace the attention of a new model, and load its weights. `cast`: whether to adopt the dtypes of the weights."""
+    """Replace the attention of a new model, and load the weights in `state`. If `cast` is set, adopt their dtypes."""
     for name, layer in config["layers"].items():
         _put(model, name, layer, path)
     if (saved := config.get("structure")) != _structure(model) and saved != _earlier_structure(model):
@@ -229,7 +231,7 @@ def options_of(layer: dict[str, Any]) -> dict[str, Any]:
 
 
 def described(holder: Mounted) -> dict[str, Any]:
-    """Return a description of an attention for a JSON file: its op, options and backend, and whether it ignores dropout."""
+    """Return a JSON description of the attention in `holder`: its op, options and backend, and whether it ignores dropout."""
     core: Core = holder.core
     options = {each.name: getattr(core, each.name) for each in fields(core)}
     if isinstance(holder, DropIn) and holder.grid is not None:  # landmarks or agents are placed on the grid of each call
@@ -239,7 +241,7 @@ def described(holder: Mounted) -> dict[str, Any]:
 
 
 def _put(model: nn.Module, name: str, layer: dict[str, Any], path: Path) -> None:
-    """Replace one attention layer, and cast the parameters of the new attention to float32, in which they are trained."""
+    """Replace the attention of one layer, and cast its new parameters to float32, the dtype in which they are trained."""
     op, options, backend = layer["op"], layer["options"], layer.get("backend", "auto")
     try:
         backends.check(backend)
@@ -259,7 +261,8 @@ def _put(model: nn.Module, name: str, layer: dict[str, Any], path: Path) -> None
 def _structure(model: nn.Module) -> str:
     """Return a digest of the modules of a model and their settings.
 
-    The child modules `vix` are skipped, and so are dropout and nn.Identity, because timm uses nn.Identity for a dropout of 0.
+    The child modules `vix` are skipped. Dropout modules and nn.Identity are also skipped, because timm uses nn.Identity in
+    place of dropout with rate 0.
     """
     lines = []
     for name, module in model.named_modules():
@@ -322,7 +325,7 @@ def _describe_host(model: nn.Module) -> dict[str, Any]:
 
 
 def _number(value: Any) -> Any:
-    """Convert a number of NumPy to a number of Python, and return other values unchanged."""
+    """Convert a NumPy number or a zero-dimensional tensor to a Python number, and return other values unchanged."""
     return value.item() if getattr(value, "shape", None) == () else value
 
 
@@ -333,7 +336,7 @@ def _is_argument(name: str, value: Any) -> bool:
 
 
 def _create_host(host: dict[str, Any], path: Path) -> nn.Module:
-    """Create the model that the file at `path` describes."""
+    """Create the model that `host`, the entry "host" of the file at `path`, describes."""
     library, name, arguments = host.get("library"), host.get("name"), host.get("arguments", {})
     if not isinstance(arguments, dict):
         raise ValueError(f"{path}: host: arguments: expected a mapping, got {arguments!r}")
@@ -358,7 +361,7 @@ def _create_host(host: dict[str, Any], path: Path) -> nn.Module:
         )
     try:
         return create(**arguments)
-    except Exception as error:  # the libraries raise different errors for damaged arguments
+    except Exception as error:  # the libraries raise different errors for invalid arguments
         listed = ", ".join((str(name or library), *(f"{key}={value!r}" for key, value in arguments.items())))
         cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"{path}: cannot create the model that it describes ({listed}): {cause}") from error

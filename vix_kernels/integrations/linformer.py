@@ -2,7 +2,7 @@
 
     from vix_kernels.integrations.linformer import LinformerSelfAttention
 
-Unlike the package's module, this module raises an error if its forward receives unknown arguments.
+Unlike the package's module, this module raises an error for unknown arguments of forward.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class LinformerSelfAttention(nn.Module):
     Args:
         dim: width of the tokens. It must be a multiple of heads.
         seq_len: the maximum number of keys. Shorter sequences use the first rows of the projections.
-        k: number of slots that the tokens are projected to.
+        k: number of keys and values after the projection.
         heads: number of heads.
         dim_head: width of a head; default dim // heads.
         one_kv_head: whether all query heads share one key and value head.
@@ -69,7 +69,7 @@ class LinformerSelfAttention(nn.Module):
         return nn.Parameter(torch.empty(self.seq_len, self.k).uniform_(-bound, bound))
 
     def forward(self, x: Tensor, context: Tensor | None = None, *, key_padding_mask: Tensor | None = None) -> Tensor:
-        """Mix the tokens.
+        """Return the output of the attention layer, (batch, tokens, dim).
 
         Args:
             x: (batch, tokens, dim).
@@ -95,7 +95,7 @@ class LinformerSelfAttention(nn.Module):
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
 
     def _slots(self, x: Tensor, linear: nn.Linear, projection: Tensor) -> Tensor:
-        """Return E^T linear(x), (batch, heads, k, dim_head), where E is `projection`. Multiply in the cheaper order."""
+        """Return E^T linear(x), (batch, heads, k, dim_head), where E is `projection`. The cheaper order of products is used."""
         tokens, dim, width = x.shape[1], linear.in_features, linear.out_features
         projection = projection[:tokens].T.expand(len(x), -1, -1)
         if self.k * dim * (tokens + width) < tokens * width * (dim + self.k):
@@ -106,24 +106,24 @@ class LinformerSelfAttention(nn.Module):
 
 
 def patch(model: nn.Module, *, backend: str = "auto") -> Report:
-    """Replace the attention in a model of linformer, in place. Outputs, weights and their names do not change.
+    """Replace the attention in a linformer model, in place. Outputs, weights and their names do not change.
 
         report = patch(Linformer(...))
 
-    The LinformerSelfAttention modules in `model` are replaced, such as those in the package's Linformer and LinformerLM.
+    Every supported LinformerSelfAttention in `model` is replaced, for example in the package's Linformer and LinformerLM.
     `unpatch(model)` undoes the replacement.
 
     Args:
-        model: a model that contains LinformerSelfAttention of linformer 0.2.3 or newer.
+        model: a model that contains LinformerSelfAttention modules of linformer 0.2.3 or newer.
         backend: as in linformer_attention.
 
     Returns:
-        a report that lists the replaced layers, and the layers that were not replaced, each with the reason.
+        a report that lists the replaced layers, and the reason for each layer that was not replaced.
 
     Raises:
         ValueError: nothing could be replaced. The model is then unchanged.
-        ImportError: linformer is not installed or not supported, or the import of `linformer` finds a copy other than the
-            installed one.
+        ImportError: linformer is not installed or not supported, or `import linformer` finds a copy other than the installed
+            one.
     """
     return patch_package(
         model, "linformer", "0.2.3", LinformerSelfAttention,

@@ -2,10 +2,12 @@
 
     from vix_kernels.integrations.nystrom_attention import NystromAttention
 
-The package has three quirks, which compat=True reproduces. It pads the front of the sequence with all-zero tokens until the
-length is a multiple of the number of landmarks. It divides the first iterate of the pseudo-inverse by a maximum over the
-whole batch, so the output of a sample depends on the rest of the batch. With a mask, a landmark without valid tokens attends
-equally to all landmarks, so it affects the pseudo-inverse.
+With compat=True, the default, NystromAttention also reproduces three quirks of the package:
+
+- The front of the sequence is padded with zero tokens until its length is a multiple of the number of landmarks.
+- The first iterate of the pseudo-inverse is divided by a maximum over the whole batch, so the output for a sample depends on
+  the rest of the batch.
+- With a mask, a landmark without valid tokens attends equally to all landmarks, so it affects the pseudo-inverse.
 """
 
 from __future__ import annotations
@@ -32,13 +34,13 @@ class NystromAttention(nn.Module):
     Args:
         dim: width of the tokens.
         dim_head, heads: width and number of the heads.
-        num_landmarks: number of landmarks. Each is the mean of a segment of the padded sequence. The sequence may have fewer
-            tokens than num_landmarks.
+        num_landmarks: number of landmarks. Each landmark is the mean of a segment of the padded sequence. The sequence may have
+            fewer tokens than num_landmarks.
         pinv_iterations: number of iterations for the pseudo-inverse.
         residual: whether to add a depthwise convolution of v over the tokens.
         residual_conv_kernel: kernel size of this convolution. Must be odd.
-        eps: if there is a mask, this constant is added to the number of valid tokens in the segment of each landmark. It is
-            only used when the attention is computed in plain PyTorch (see below).
+        eps: with a mask, this constant is added to the number of valid tokens in each segment. It is only used in calls that
+            run in plain PyTorch (see below).
         dropout: dropout rate of the output.
         compat: if True, return the same results as the package. If False, exclude padding, masked tokens and landmarks without
             valid tokens, and compute each sample independently of the rest of its batch.
@@ -79,14 +81,14 @@ class NystromAttention(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None = None, return_attn: bool = False, return_attn_matrices: bool = False
     ) -> Tensor | tuple[Tensor, Tensor | tuple[Tensor, Tensor, Tensor]]:
-        """Mix the tokens.
+        """Return the output of the attention layer, (batch, tokens, dim), and the attention matrices if requested.
 
         Args:
             x: (batch, tokens, dim).
             mask: bool (batch, tokens), or (1, tokens) for all samples, True = valid.
             return_attn: also return the attention matrix of the padded sequence.
-            return_attn_matrices: also return the three factors of this matrix: the attention from tokens to landmarks, the
-                pseudo-inverse, and the attention from landmarks to tokens. Takes precedence over return_attn.
+            return_attn_matrices: also return the three factors of this matrix: the attention weights from tokens to landmarks,
+                the pseudo-inverse, and the attention weights from landmarks to tokens. Takes precedence over return_attn.
         """
         tokens = x.shape[1]
         if mask is not None and mask.dim() == 2 and mask.shape[0] == 1:
@@ -117,7 +119,7 @@ class NystromAttention(nn.Module):
                 conv_weight=self.res_conv.weight if self.residual else None,
             )  # fmt: skip
         out = rearrange(out, "b h n d -> b n (h d)")
-        # In training, the package also applies dropout to the padding. Do the same, so that valid tokens get the same dropout.
+        # In training, the package also applies dropout to the padding. Do the same, so that tokens get the same dropout mask.
         out = self.to_out(out)[:, padding:] if self.compat and self.training else self.to_out(out[:, padding:])
         if return_attn_matrices:
             return out, tuple(factors)
@@ -166,24 +168,24 @@ class NystromAttention(nn.Module):
 
 
 def patch(model: nn.Module, *, backend: str = "auto") -> Report:
-    """Replace the attention in a model of nystrom-attention, in place. Outputs, weights and their names do not change.
+    """Replace the attention in a nystrom-attention model, in place. Outputs, weights and their names do not change.
 
         report = patch(Nystromformer(...))
 
-    Every NystromAttention in `model` is replaced, such as those in the package's Nystromformer. Calls with a mask run in plain
-    PyTorch. `unpatch(model)` undoes the replacement.
+    Every supported NystromAttention in `model` is replaced, for example in the package's Nystromformer. Calls with a mask run
+    in plain PyTorch. `unpatch(model)` undoes the replacement.
 
     Args:
-        model: a model that contains NystromAttention of nystrom-attention 0.0.14 or newer.
+        model: a model that contains NystromAttention modules of nystrom-attention 0.0.14 or newer.
         backend: as in nystrom_attention.
 
     Returns:
-        a report that lists the replaced layers, and the layers that were not replaced, each with the reason.
+        a report that lists the replaced layers, and the reason for each layer that was not replaced.
 
     Raises:
         ValueError: nothing could be replaced. The model is then unchanged.
-        ImportError: nystrom-attention is not installed or not supported, or the import of `nystrom_attention` finds a copy
-            other than the installed one.
+        ImportError: nystrom-attention is not installed or not supported, or `import nystrom_attention` finds a copy other than
+            the installed one.
     """
     return patch_package(
         model, "nystrom-attention", "0.0.14", NystromAttention, backend=backend, reason_against=_reason_against

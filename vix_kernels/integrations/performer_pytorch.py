@@ -8,12 +8,14 @@ c = dim_heads^(-1/4). Up to a factor that cancels, the random features are:
     phi_j(q_n) = exp(a_nj - h_n - max_j a_nj) + eps            phi_j(k_n) = exp(a_nj - h_n - max_nj a_nj) + eps
 
 No gradient flows through the maxima. The eps terms have rank one, so they can be added to the sums instead of to each feature.
-For the keys, `aggregate` sums the exponentials E_nj = phi_j(k_n) - eps, and the terms with eps are added to its results:
+In `aggregate`, slots attend to tokens, and in `broadcast`, tokens attend to slots (see vix_kernels/primitives). Here, the slots
+are the random features. For the keys, `aggregate` sums the exponentials E_nj = phi_j(k_n) - eps, and the terms with eps are
+added to its results:
 
     S_j = sum_n E_nj v_n + eps sum_n v_n            z_j = sum_n E_nj + eps N
 
-For the queries, `broadcast` receives an additional slot that accounts for eps. The value of this slot is the mean of the values
-S_j / z_j of the other slots, weighted by z_j:
+For the queries, `broadcast` receives an additional slot that accounts for eps. Its value is the mean of the values S_j / z_j of
+the other slots, weighted by z_j:
 
     out_n = softmax(a_n1 - t_n + log z_1, ..., log(eps sum_j z_j)) . (S_1 / z_1, ..., sum_j S_j / sum_j z_j)
     t_n = h_n + max_j a_nj
@@ -51,7 +53,8 @@ class FastAttention(nn.Module):
         ortho_scaling: if 0, the rows of the projection matrix have the norms of Gaussian vectors. If 1, all rows have the norm
             sqrt(dim_heads).
         causal: must be False.
-        generalized_attention: whether to use the features kernel_fn(c w_j . x) + 1e-3 instead of exponentials.
+        generalized_attention: whether to use the features kernel_fn(c w_j . x) + 1e-3 instead of exponentials. Here, w_j is
+            row j of projection_matrix, and c = dim_heads ** -0.25.
         kernel_fn: the function for generalized_attention. Attention with these features runs in plain PyTorch.
         no_projection: whether to omit the random features and return softmax(q) softmax(k)^T v. The softmax of q is over the
             channels, and the softmax of k is over the tokens.
@@ -59,7 +62,7 @@ class FastAttention(nn.Module):
             does. If False, omit both, which is faster.
         backend: as in performer_attention.
 
-    The buffer `projection_matrix` defines the random features. It is generated with torch's global random state. To use the
+    The buffer `projection_matrix` defines the random features. It is generated with PyTorch's global random state. To use the
     same features on all ranks, set the same seed on each rank or broadcast the buffer.
     """
 
@@ -100,11 +103,11 @@ class FastAttention(nn.Module):
 
     @torch.no_grad()
     def redraw_projection_matrix(self, device: torch.device | str) -> None:
-        """Draw new random features. `device` is ignored. Do not call this between forward and backward."""
+        """Draw new random features. `device` is ignored. Do not call this between a forward pass and its backward pass."""
         self.projection_matrix.copy_(self._draw())
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, key_padding_mask: Tensor | None = None) -> Tensor:
-        """Return the output (batch, heads, queries, value_dim) of the attention.
+        """Return the attention output, (batch, heads, queries, value_dim).
 
         Args:
             q: (batch, heads, queries, dim_heads).
@@ -137,7 +140,7 @@ class FastAttention(nn.Module):
         if not self.compat:
             return performer_attention(q, k, v, projection, key_padding_mask=mask, backend=self.backend)
         backend = backends.resolve(self.backend, q, max(q.shape[3] + 1, v.shape[3]))
-        # If there are no more tokens than random features, the features are small enough to store.
+        # With at most as many tokens as random features, the features are small enough to store.
         few = self.backend == "auto" and q.device.type != "cuda" and max(q.shape[2], k.shape[2]) <= slots.shape[2]
         if few or backend == "reference":
             return explicit_attention(*exponentials(q, k, projection, mask), v, EPS, mask)
@@ -155,7 +158,7 @@ class ProjectionUpdater(nn.Module):
 
     Args:
         instance: the model whose random features are redrawn.
-        feature_redraw_interval: number of calls of `redraw_projections` between two redraws. None: never redraw.
+        feature_redraw_interval: number of calls to `redraw_projections` between two redraws. None: never redraw.
     """
 
     def __init__(self, instance: nn.Module, feature_redraw_interval: int | None) -> None:
@@ -181,7 +184,7 @@ class ProjectionUpdater(nn.Module):
 
 
 def patch(model: nn.Module, *, backend: str = "auto") -> Report:
-    """Replace the attention in a model of performer-pytorch, in place. Outputs, weights and their names do not change.
+    """Replace the attention in a performer-pytorch model, in place. Outputs, weights and their names do not change.
 
         report = patch(PerformerLM(...))
 
@@ -189,16 +192,16 @@ def patch(model: nn.Module, *, backend: str = "auto") -> Report:
     CrossAttention. The package's ProjectionUpdater still redraws the features. `unpatch(model)` undoes the replacement.
 
     Args:
-        model: a model that contains FastAttention of performer-pytorch 1.1.4 or newer.
-        backend: as in performer_attention. "triton" refuses layers with generalized_attention or no_projection.
+        model: a model that contains FastAttention modules of performer-pytorch 1.1.4 or newer.
+        backend: as in performer_attention. With "triton", layers with generalized_attention or no_projection are not replaced.
 
     Returns:
-        a report that lists the replaced layers, and the layers that were not replaced, such as causal layers, with the reason.
+        a report that lists the replaced layers, and the reason for each layer that was not replaced, such as a causal layer.
 
     Raises:
         ValueError: nothing could be replaced. The model is then unchanged.
-        ImportError: performer-pytorch is not installed or not supported, or the import of `performer_pytorch` finds a copy
-            other than the installed one.
+        ImportError: performer-pytorch is not installed or not supported, or `import performer_pytorch` finds a copy other than
+            the installed one.
     """
 
     def reason_against(module: nn.Module) -> str:
@@ -221,7 +224,7 @@ def two_softmaxes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tenso
 
 
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, mask: Tensor | None, backend: str) -> Tensor:
-    """Evaluate the equations at the top of this file without storing the features. `slots` has shape (1, 1, M, D)."""
+    """Return the attention output, computed without storing the features. `slots` is the projection matrix, (1, 1, M, D)."""
     c = q.shape[3] ** -0.25
     values, lse = aggregate(slots, k, v, scale=c, gaussian=True, mask=mask, backend=backend)
     highest = highest_logits(k, c * slots)
@@ -233,10 +236,9 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, mask: Tensor
     sum_s, sum_z = s.sum(2, keepdim=True), z.sum(-1, keepdim=True)
     values = torch.cat([s / z[..., None], sum_s / sum_z[..., None]], 2)
     bias = torch.cat([z, EPS * sum_z], -1).log2()
-    # An extra channel of the query contains t = t_n / c, because broadcast multiplies the logits by c. The feature slots are
-    # -1 in this channel, so the gradient of t sums over them. Alternatively, t_n could be added to the logit of the eps slot.
-    # However, the gradient of t_n would then be the gradient of this logit, which is lost to rounding if the eps slot has
-    # nearly all of the weight.
+    # An extra channel of the query contains t = t_n / c, because broadcast multiplies the logits by c. All slots except the eps
+    # slot are -1 in this channel, so the gradient of t is a sum over them. If t_n were added to the logit of the eps slot
+    # instead, its gradient would be that of this logit, which is lost to rounding if the eps slot has nearly all of the weight.
     t = (c / 2) * q.to(lse.dtype).square().sum(-1, keepdim=True) + highest_logits(q, slots)[..., None]
     slots = F.pad(F.pad(slots, (0, 1), value=-1.0), (0, 0, 0, 1))
     return broadcast(torch.cat([q, t.to(q.dtype)], -1), slots, values, bias, scale=c, backend=backend)
@@ -255,9 +257,9 @@ def exponentials(q: Tensor, k: Tensor, projection: Tensor, mask: Tensor | None) 
 
 
 def explicit_attention(q_features: Tensor, k_features: Tensor, v: Tensor, eps: float, mask: Tensor | None) -> Tensor:
-    """Compute attention with the features q_features + eps and k_features + eps. Masked rows of k_features and v must be 0.
+    """Return the attention output for the features q_features + eps and k_features + eps.
 
-    eps is added to the sums instead of to each feature.
+    eps is added to the sums instead of to each feature. Masked rows of k_features and v must be 0.
     """
     dtype = accumulator(v.dtype)
     s = k_features.mT @ v.to(k_features.dtype) + eps * v.sum(2, keepdim=True, dtype=dtype)
@@ -268,7 +270,7 @@ def explicit_attention(q_features: Tensor, k_features: Tensor, v: Tensor, eps: f
 
 
 def count_valid(k: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor | int:
-    """Return the number of tokens. With a mask, return the numbers of valid tokens, at least 1, as a tensor (batch, 1, 1)."""
+    """Return the number of tokens. With a mask, return the number of valid tokens per sample, at least 1, as (batch, 1, 1)."""
     return k.shape[2] if mask is None else mask.sum(-1, dtype=dtype).clamp(min=1)[:, None, None]
 
 

@@ -22,10 +22,10 @@ class Report:
         attention: a short description of the new attention.
         attentions: maps the name of each replaced module to a description of its attention.
         refused: maps the name of each module that was not replaced to the reason.
-        tokens: maps the name of each replaced module to its number of tokens, if known. Before a call of `measure`, this is the
-            number at the image size that the model is configured for. Afterwards, it is the number in the measured batch.
+        tokens: maps the name of each replaced module to its number of tokens, if known. Before a call to `measure`, this is the
+            number at the model's configured image size. Afterwards, it is the number in the measured batch.
         speed: the result of `measure`, or None.
-        warnings: the messages of the SlowerWarning that the replacement issued, if any.
+        warnings: the messages of the SlowerWarnings that the replacement issued.
     """
 
     attention: str
@@ -73,8 +73,8 @@ class Report:
             the times. `print` shows them as a table.
 
         Raises:
-            ValueError: this report has no replaced softmax attention, a replaced layer was changed later, `batch` is empty, or
-                the parameters of the model are on the meta device.
+            ValueError: the report lists no layers whose softmax attention was replaced, a replaced layer was changed later,
+                `batch` is empty, or the parameters of the model are on the meta device.
             TypeError: `batch` contains no tensor.
         """
         from .hosts import module_of
@@ -100,9 +100,10 @@ class Report:
         return self.speed
 
     def expect(self, attention: DropIn, width: int, stacklevel: int) -> None:
-        """Warn if `attention` is expected to be slower than softmax attention in all layers.
+        """Issue a SlowerWarning if `attention` is expected to be slower than softmax attention in all layers.
 
         Args:
+            attention: the new attention.
             width: width of a head.
             stacklevel: as in warnings.warn, but relative to this method: 1 is its caller.
         """
@@ -112,7 +113,7 @@ class Report:
         if reason := self._expected():
             self.warnings.append(
                 f"{attention.op} attention may be slower than softmax attention at {max(self.tokens.values())} tokens: "
-                f"{reason}; report.measure(batch) times both attentions"
+                f"{reason}; report.measure(batch) times the model with both kinds of attention"
             )
             warnings.warn(self.warnings[-1], SlowerWarning, stacklevel=stacklevel + 1)
 

@@ -46,18 +46,18 @@ class SdpaReplacement(TorchFunctionMode):
 
 
 def replace_sdpa(op: str, *, retrain: bool = False, **options: Any) -> SdpaReplacement:
-    """Return a context manager that replaces `torch.nn.functional.scaled_dot_product_attention` with a different attention.
+    """Return a context manager that replaces `torch.nn.functional.scaled_dot_product_attention` with the attention method `op`.
 
         with replace_sdpa("nystrom", num_landmarks=64) as swap:
             y = model(x)
         print(swap)  # number of replaced calls, and the reasons why other calls fell back
 
-    Unsupported calls fall back to softmax attention and are counted by reason. Examples are calls with a mask that is not a
-    padding mask, causal attention, dropout, or grouped heads. Attention that a model computes with explicit matrix products is
-    not replaced. nn.MultiheadAttention is not affected either; use replace_mha to replace it.
+    Unsupported calls, such as calls with causal attention, grouped-query attention, dropout or a mask that is not a padding
+    mask, fall back to softmax attention and are counted by reason. Attention that a model computes with explicit matrix
+    products is not replaced. nn.MultiheadAttention is not affected either; use replace_mha to replace it.
 
-    The context manager only affects the current thread. If backward recomputes the forward (gradient checkpointing), run
-    backward inside the context, too.
+    The context manager only affects the current thread. If the backward pass recomputes the forward pass (activation
+    checkpointing), also run the backward pass inside the context.
 
     Args:
         op, retrain, options: as in DropIn.

@@ -30,7 +30,7 @@ class SlowerWarning(UserWarning):
 
 @dataclass
 class LayerSpeed:
-    """Times of one attention layer, including its linear layers, in milliseconds per call of the model.
+    """Times of one attention layer, including its linear layers, in milliseconds per call to the model.
 
     Attributes:
         tokens: the number of keys, or the largest number if calls differ. None if the layer was not called.
@@ -53,7 +53,7 @@ class Speed:
 
     Attributes:
         softmax, replaced: median times of a forward pass, in milliseconds.
-        layers: the times of each layer by its name.
+        layers: maps the name of each layer to its times.
         where: the device, the dtype and the number of samples.
         note: a sentence with the break-even length if the model was slower and the table of break-even lengths predicts this,
             else "".
@@ -95,7 +95,7 @@ def tensors(batch: Any) -> list[Tensor]:
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """Call the model with a tensor, with the first item of a tuple, or with the entries of a dict except its labels."""
+    """Call the model with a tensor, the first item of a tuple, or the entries of a dict except labels. Return the output."""
     device = next(model.parameters()).device
 
     def moved(x: Any) -> Any:
@@ -234,7 +234,7 @@ def measure(
         batch: as in `call`.
         softmax: returns a context in which the model computes softmax attention.
         holders: maps the name of each layer to the module that holds its core.
-        modules: maps the name of each layer to the attention module of the host.
+        modules: maps the name of each layer to its attention module.
         rounds: as in `Report.measure`.
     """
     from ..measure.machine import device_name  # not at the top, because it imports the specifications of all operators
@@ -256,10 +256,10 @@ def measure(
 
 
 def expected(op: str, options: Mapping[str, Any], tokens: int, width: int, device: str) -> str:
-    """Return the break-even length of an attention in words, or "" if the attention is not expected to be slower.
+    """Return a phrase with the break-even length of `op`, or "" if `op` is not expected to be slower than softmax attention.
 
     Args:
-        op, options: the attention. The table of break-even lengths holds only for the default number of landmarks, features or
+        op, options: as in DropIn. The table of break-even lengths holds only for the default number of landmarks, features or
             agents. For other numbers, the result is "".
         tokens, width, device: the number of tokens, the width of a head and the type of the device.
     """

@@ -1,4 +1,4 @@
-"""Replace the attention of any supported model, and find the modules that hold a core."""
+"""Replace the attention in any supported model, and find the modules that hold a core (see nn/core.py)."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def host_of(model: nn.Module) -> str:
 def replace_attention(
     model: nn.Module, op: str, *, layers: Sequence[str] | None = None, retrain: bool = False, **options: Any
 ) -> Report:
-    """Replace the attention in a model of this library, timm, transformers or torch.nn, in place.
+    """Replace the attention in a model of this library, timm, transformers or torch.nn, in place, and return a report.
 
-    The integrations' functions, such as `vix_kernels.integrations.timm.replace_attention`, have the same arguments. Unlike
-    those functions, this function does not warn if the attention is expected to be slower.
+    The functions of the integrations, such as `vix_kernels.integrations.timm.replace_attention`, have the same arguments.
+    Unlike them, this function issues no SlowerWarning.
     """
     replace: Callable[..., Report]
     host = host_of(model)
@@ -66,14 +66,14 @@ def holders(model: nn.Module) -> dict[str, Mounted]:
 
 
 def prefix_of(holder: Mounted) -> int:
-    """Return the number of class and register tokens in the layer of `holder`, or 0 if it is unknown."""
+    """Return the number of class and register tokens in the layer of `holder`, or 0 if this number is unknown."""
     return holder.site.prefix_tokens if isinstance(holder, AttentionModule) else holder.prefix_tokens
 
 
 class Softmaxed:
-    """Reusable context manager that makes layers with a replaced attention compute softmax attention.
+    """Reusable context manager that makes layers with replaced attention compute softmax attention.
 
-    A module whose class was changed gets its original class, so it runs the code of its library. In other modules, softmax
+    A module whose class was changed gets its original class back, so it runs its original code. In other modules, softmax
     attention replaces the core. nn.TransformerEncoder still does not convert padded batches to nested tensors, because
     `replace_mha` disables this conversion.
     """

@@ -1,9 +1,9 @@
-"""Integration with timm: replace the attention in its vision transformers, and register the models of vix_kernels.
+"""Integration with timm: replace the attention in timm's vision transformers, and register vix_kernels models with timm.
 
-Importing this module only registers names. They can be used as follows:
+Importing this module registers names of models and attention layers with timm. They can be used as follows:
 
     timm.create_model("vix_vin_tiny", num_classes=10)                              a model of vix_kernels.models
-    timm.create_model("vit_tiny_patch16_224", attn_layer="vix_nystrom")            a timm model with a different attention
+    timm.create_model("vit_tiny_patch16_224", attn_layer="vix_nystrom")            a timm model with different attention
     train.py DIR --device-modules vix_kernels.integrations.timm --model vix_vin_tiny
 """
 
@@ -61,10 +61,10 @@ class _Replaced:
 
 
 class ReplacedAttention(_Replaced, Attention):
-    """A timm.layers.Attention whose child `vix` computes the attention between the linear layers."""
+    """A timm.layers.Attention whose child `vix` computes the attention."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Map x (batch, tokens, dim) to the same shape."""
+        """Return the output of the attention layer for x (batch, tokens, dim), with the shape of x."""
         q, k, v = map(self.split, packed_linear(self.qkv, x))
         return self.finish(x, q, k, v, None, attn_mask, is_causal)
 
@@ -73,7 +73,7 @@ class _ReplacedRope(_Replaced):
     def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """Map x (batch, tokens, dim) to the same shape. `rope` is timm's table for the tokens after the prefix."""
+        """Return the output for x (batch, tokens, dim), with the shape of x. `rope` is a table as in `rope_of`."""
         q, k, v = map(self.split, self.projected(x))
         if k.shape[1] != q.shape[1]:
             k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for each in (k, v))
@@ -109,8 +109,8 @@ for _host, _replacement in _REPLACED.items():
 def rope_of(table: Tensor, prefix_tokens: int, num_heads: int, half: bool) -> Rope:
     """Convert timm's table (tokens, 2 R) or (heads, tokens, 2 R) of rotary angles to a Rope.
 
-    R is the number of rotated channels. In the last dimension, the table has R sines and then R cosines, each value twice. The
-    table does not include the first `prefix_tokens` tokens, which are not rotated. `half` selects the layout of the channels.
+    R is the number of rotated channels. The last dimension has R sines, then R cosines, each value twice. The table omits the
+    first `prefix_tokens` tokens, which are not rotated. If `half`, channels i and i + R / 2 form a pair, else 2i and 2i + 1.
     """
     if table.dim() == 2:
         table = table[None]
@@ -132,10 +132,10 @@ class BuiltAttention(ReplacedAttention):
     """Base class of the classes that `attention_layer` returns. Landmarks and agents are placed as in `replace_attention`.
 
     Attributes:
-        attention: (class attribute) the attention of which each layer gets a copy.
-        retrain: (class attribute) whether weights trained with a different attention may be loaded.
+        attention: (class attribute) the DropIn of which each layer gets a copy.
+        retrain: (class attribute) whether weights trained with different attention may be loaded.
         vix: the current attention of this layer. `replace_attention` changes it.
-        built: the attention that this layer was built with.
+        built: the attention that this layer was created with.
     """
 
     attention: DropIn
@@ -157,7 +157,7 @@ class MarkedAttention(BuiltAttention):
 
     @property
     def mark(self) -> str:
-        """The op, followed by "+exact" if class and register tokens attend by exact softmax."""
+        """The op, followed by "+exact" if class and register tokens use exact softmax attention."""
         return self.vix.op + "+exact" * (self.vix.core.exact_rows(Tokens()) > 0)
 
     def get_extra_state(self) -> Tensor:
@@ -207,17 +207,17 @@ def _text_of(mark: Any) -> str:
 
 
 def attention_layer(op: str, *, retrain: bool = False, **options: Any) -> type[Attention]:
-    """Return a class for timm's attn_layer argument. It has the parameters of timm's Attention and computes `op`.
+    """Return a subclass of timm's Attention that uses the attention method `op`, for timm's argument attn_layer.
 
         timm.create_model("vit_tiny_patch16_224", attn_layer=attention_layer("nystrom", num_landmarks=49))
 
-    Landmarks and agents are placed as in `replace_attention`. Unless the attention closely approximates softmax attention (see
-    `retrain` in DropIn), the weights are marked as trained with `op`: the state dict has an entry `_extra_state` per layer.
+    Landmarks and agents are placed as in `replace_attention`. If `op` does not closely approximate softmax attention (see
+    `retrain` in DropIn), each layer adds an entry `_extra_state` to the state dict, to mark the weights as trained with `op`.
 
     Args:
         op, options: as in DropIn. All layers have the same random features.
-        retrain: whether the model will be trained further with this attention. If False, and if this class marks its weights,
-            load_state_dict rejects weights that are not marked as trained with `op`.
+        retrain: whether the model will be trained further with this attention. If False, and if the class marks its weights as
+            described above, load_state_dict rejects weights without the same mark.
     """
     return _class_with(DropIn(op, retrain=True, **options), retrain)
 
@@ -240,7 +240,7 @@ LAYERS: dict[str, type[Attention]] = {}  # maps each op to its attention class
 
 @subscribe
 def _admit(core: type[Mixer]) -> None:
-    """Register an attention with timm as vix_NAME. This also runs for attentions that are registered after the import."""
+    """Register the attention class for `core` with timm, as vix_NAME. Also called for each core that is registered later."""
     if core.name in OPS:
         layer = LAYERS[core.name] = attention_layer(core.name)
         ATTN_LAYERS[f"vix_{core.name}"] = globals()[layer.__name__] = layer
@@ -250,7 +250,7 @@ def _admit(core: type[Mixer]) -> None:
 def _place_while_built() -> None:
     """Install `_place_in` as a global hook on the registration of child modules. Called when the first layer is created.
 
-    The hook is necessary because timm's transformers do not pass information about the tokens to their layers.
+    The hook is necessary, because timm passes neither the number of prefix tokens nor the grid to the class in attn_layer.
     """
     register_module_module_registration_hook(_place_in)
 
@@ -258,8 +258,8 @@ def _place_while_built() -> None:
 def _place_in(vit: nn.Module, name: str, module: nn.Module) -> None:
     """For each BuiltAttention in the blocks of `vit`, set the number of prefix tokens and the grid of landmarks or agents.
 
-    This runs when `vit` registers its blocks, and again for each later child, because some models set their number of prefix
-    tokens after they register their blocks.
+    This runs when `vit` registers its blocks, and again for each later child, because a model may set its number of prefix
+    tokens after it registers its blocks. Distilled DeiT models do this.
     """
     blocks = module if name == "blocks" else vit._modules.get("blocks")
     if blocks is None or "num_prefix_tokens" not in vars(vit):
@@ -272,12 +272,12 @@ def _place_in(vit: nn.Module, name: str, module: nn.Module) -> None:
 def replace_attention(
     model: nn.Module, op: str, *, layers: Sequence[str] | None = None, retrain: bool = False, **options: Any
 ) -> Report:
-    """Replace the attention in a timm model, in place. Parameters and their names do not change.
+    """Replace the attention in a timm model, in place. Existing parameters keep their names and values.
 
         report = replace_attention(timm.create_model("vit_base_patch16_224", pretrained=True), "nystrom")
 
-    The attention classes Attention (vision_transformer), AttentionRope and EvaAttention (EVA, DINOv3) are supported, including
-    rotary tables, normalization of q and k, gates and output dropout.
+    timm's attention classes Attention, AttentionRope and EvaAttention are supported, including rotary embedding, normalization
+    of q and k, gates and output dropout.
 
     Landmarks and agents are placed on the patch grid, which may differ between calls if the model accepts any image size. Each
     prefix token (class or register token) is a separate landmark or agent. `options` can change this placement. With patch
@@ -289,7 +289,7 @@ def replace_attention(
         op, retrain, options: as in DropIn. Each layer has different random features.
 
     Returns:
-        a report that lists the replaced layers, and the other attention layers with the reason why they were not replaced.
+        a report that lists the replaced layers, and the reason for each attention layer that was not replaced.
         `restore_attention` undoes the replacement.
 
     Raises:
@@ -363,7 +363,7 @@ def _vision_transformers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _place(attention: DropIn, vit: nn.Module, grid: TokenGrid | None) -> None:
-    """Tell `attention` how the tokens of `vit` are arranged. With patch dropout, they do not form a grid."""
+    """Set the prefix tokens and the grid of `attention`. With patch dropout, the tokens of `vit` do not form a grid."""
     drops_patches = isinstance(getattr(vit, "patch_drop", None), PatchDropout | PatchDropoutWithIndices)
     attention.place(vit.num_prefix_tokens, None if drops_patches else grid)
 

@@ -1,7 +1,7 @@
 """Register the models in vix_kernels.models with timm, under the names vix_NAME. integrations/timm.py imports this module.
 
 `timm.create_model("vix_NAME", ...)` accepts the arguments of `vix_kernels.models.create_model`, and timm's arguments such as
-`features_only`. No weights are published, so `pretrained=True` needs a file with weights, or a folder written by
+`features_only`. No weights are published, so `pretrained=True` requires a file with weights, or a folder written by
 timm.models.save_for_hf:
 
     timm.create_model("vix_vin_tiny", pretrained=True, pretrained_cfg_overlay=dict(file="model.safetensors"))
@@ -76,12 +76,12 @@ def _entry(name: str) -> Any:
     def adapt(state: Mapping[str, Tensor], model: Backbone, has_classes: bool) -> dict[str, Tensor]:
         """Return weights from a file, adapted to `model`. timm calls this function before it loads the weights.
 
-        Also set num_classes in model.pretrained_cfg to that of the weights. timm uses this entry to decide whether to keep
-        the head.
+        Also set num_classes in model.pretrained_cfg to the number of classes of the weights. timm uses this entry to decide
+        whether to keep the head. `has_classes` is whether num_classes was passed or features_only is set.
 
         Raises:
-            ValueError: the image size of the weights is neither input_size in model.pretrained_cfg nor that of `model`. Or
-                `has_classes` is False, and the number of classes of the weights differs from that of `model`.
+            ValueError: the image size of the weights is neither input_size in model.pretrained_cfg nor that of `model`, or
+                `has_classes` is False and the weights have a different number of classes than `model`.
         """
         state, cfg = dict(state.get("model", state)), model.pretrained_cfg
         if "head.weight" in state:

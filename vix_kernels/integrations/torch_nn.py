@@ -87,22 +87,22 @@ class MultiheadAttention(nn.MultiheadAttention):
 def replace_mha(
     model: nn.Module, op: str, *, layers: Sequence[str] | None = None, retrain: bool = False, **options: Any
 ) -> Report:
-    """Replace the attention in every nn.MultiheadAttention of `model`, in place. Parameters and their names do not change.
+    """Replace the attention in the nn.MultiheadAttention modules of `model`, in place.
 
         report = replace_mha(model, "performer", retrain=True, num_features=128)
 
-    PyTorch's encoder and decoder layers are also supported, but without the inference fast path, which would bypass the new
-    attention. Unlike in the fast path, outputs for padded tokens are not set to zero. The dropout of these layers, which is 0.1
-    by default, must be 0 in training, unless you pass dropout="ignore". This option ignores only attention dropout. Calling a
-    replaced module with need_weights=True, the default, raises an error.
+    Existing parameters keep their names and values. PyTorch's encoder and decoder layers are also supported, but without the
+    inference fast path, which would bypass the new attention. Unlike in the fast path, outputs for padded tokens are not set to
+    zero. The dropout of these layers, which is 0.1 by default, must be 0 in training, unless you pass dropout="ignore". This
+    option ignores only attention dropout. Calling a replaced module with need_weights=True, the default, raises an error.
 
     Args:
-        model: a model that contains nn.MultiheadAttention.
+        model: a model that contains nn.MultiheadAttention modules.
         layers: names or patterns of the modules to replace, such as ["layers.1*"]. None: all.
         op, retrain, options: as in DropIn. Each layer has different random features.
 
     Returns:
-        a report that lists the replaced layers, and the other attention layers with the reason why they were not replaced.
+        a report that lists the replaced layers, and the reason for each attention layer that was not replaced.
 
     Raises:
         ValueError: nothing could be replaced, or `op` needs retrain=True.

@@ -30,7 +30,7 @@ with host("transformers", "5.17"):
     from transformers.models.fnet import modeling_fnet
     from transformers.models.nystromformer import modeling_nystromformer
 
-# Unsupported arguments that some models pass to their attention
+# Unsupported arguments that models may pass to their attention function
 _UNSERVED = (
     "softcap", "position_bias", "s_aux", "sinks", "sliding_window", "block_indices", "indices", "cu_seq_lens_q",
     "cu_seq_lens_k", "output_attentions",
@@ -43,11 +43,11 @@ def register(*, retrain: bool = False, **options: Mapping[str, Any]) -> None:
         register(nystrom=dict(num_landmarks=64))
         model.set_attn_implementation("vix_nystrom")  # or from_pretrained(..., attn_implementation="vix_nystrom")
 
-    Padding masks are supported. Causal and windowed masks, attention dropout in training, grouped heads and requests for the
-    attention weights raise NotImplementedError. Calling this function again changes the options of all models that use these
-    names; ops without an argument get their default options. Importing this module calls this function without arguments.
-    `save_pretrained` saves the attention and its options with a model, and `from_pretrained` restores both. If the saved
-    options differ from the registered ones, the restored attention gets a separate name.
+    Padding masks are supported. Causal and windowed masks, attention dropout in training, grouped-query attention and requests
+    for the attention weights raise NotImplementedError. Calling this function again changes the options of all models that use
+    these names; ops without an argument get their default options. Importing this module calls this function without arguments.
+    `save_pretrained` saves the attention method and its options with a model, and `from_pretrained` restores both. If the saved
+    options differ from the registered ones, the restored attention is registered under a separate name.
 
     Args:
         retrain: whether to allow "vix_performer", "vix_linear" and "vix_agent", which require a model that was, or will be,
@@ -98,7 +98,7 @@ def _attention_function(attention: DropIn, retrain: bool) -> Callable[..., tuple
         is_causal: bool | None = None,
         **others: Any,
     ) -> tuple[Tensor, None]:
-        """Map q, k, v (batch, heads, tokens, head_dim) to (batch, tokens, heads, head_dim), as transformers expects."""
+        """Return the attention output, (batch, tokens, heads, head_dim), and None in place of the attention weights."""
         check_trained(attention.core, retrain)
         for name in _UNSERVED:
             value_of = others.get(name)
@@ -117,12 +117,12 @@ def _attention_function(attention: DropIn, retrain: bool) -> Callable[..., tuple
 def replace_attention(
     model: nn.Module, op: str, *, layers: Sequence[str] | None = None, retrain: bool = False, **options: Any
 ) -> Report:
-    """Replace the attention in a vision model of transformers, in place. Existing parameters and their names do not change.
+    """Replace the attention in a transformers vision model, in place. Existing parameters keep their names and values.
 
         report = replace_attention(ViTModel.from_pretrained(...), "nystrom", num_landmarks=64)
 
-    In contrast to `register`, each layer has a separate attention, which can have parameters. The attn_implementation of the
-    replaced layers becomes "vix". Layers with the same configuration that are not replaced use "sdpa". `save_pretrained` saves
+    Unlike with `register`, each layer has a separate attention module, which can have parameters. The attn_implementation of
+    the replaced layers becomes "vix". Other layers that share their configuration object use "sdpa". `save_pretrained` saves
     the attention of each layer with the model, and `from_pretrained` restores it. Models that are created from model.config
     also have this attention.
 
@@ -132,7 +132,7 @@ def replace_attention(
         op, retrain, options: as in DropIn. Each layer has different random features.
 
     Returns:
-        a report that lists the replaced layers, and the other attention layers with the reason why they were not replaced.
+        a report that lists the replaced layers, and the reason for each attention layer that was not replaced.
 
     Raises:
         ValueError: nothing could be replaced, or `op` needs retrain=True.
@@ -148,7 +148,7 @@ def replace_attention(
         DropIn(op, retrain=retrain, **options),
         reason_against=lambda module: _reason_against(module) or unsupported.get(module, ""),
         adapt=lambda module: None,
-        expected="an attention that attn_implementation selects",
+        expected="an attention layer that attn_implementation selects",
         layers=layers,
         site_of=lambda module: Site(module.head_dim, _heads(module)),
         place=place,
@@ -167,7 +167,7 @@ def count_prefix(model: nn.Module) -> int:
 def count_tokens(model: nn.Module) -> int | None:
     """Return the number of tokens of a vision model at the image size of its configuration, or None if it is unknown.
 
-    It is unknown for models that merge, window or mask patches, because their attention layers receive fewer tokens.
+    The number is unknown for models that merge, window or mask patches, because their attention layers receive fewer tokens.
     """
     patches = {module.num_patches for module in model.modules() if isinstance(getattr(module, "num_patches", None), int)}
     config = getattr(model, "config", None)
@@ -176,7 +176,10 @@ def count_tokens(model: nn.Module) -> int | None:
 
 
 def create_host(class_name: Any, config: Any) -> nn.Module:
-    """Create a model with new weights. Look up the model_type and the class name in the registries of transformers."""
+    """Create a randomly initialized model from `config`.
+
+    `class_name` and the model_type of `config` must be in the registries of transformers.
+    """
     kind = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ValueError(f"config: expected a model_type of transformers, got {kind!r}")
@@ -191,7 +194,7 @@ def create_host(class_name: Any, config: Any) -> nn.Module:
 
 
 def _without_implementations(config: Any) -> Any:
-    """Remove the entries that choose implementations, because transformers may download code that such an entry names."""
+    """Return `config` without entries that select implementations, because transformers may download code that they name."""
     if not isinstance(config, dict):
         return config
     return {
@@ -212,7 +215,7 @@ def _reason_against(module: nn.Module) -> str:
 
 
 def _unsupported(model: nn.Module) -> dict[nn.Module, str]:
-    """Return why modules of `model` cannot be replaced, for reasons that depend on the model that contains them."""
+    """Return a dict that maps each module that cannot be replaced because of the model that contains it to the reason."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expected a PreTrainedModel, got {type(model).__name__}")
     known, causal, found = {id(each) for each in configs(model.config)}, {}, {}
@@ -248,7 +251,7 @@ def padding_mask(
     dtype: torch.dtype = torch.float32,
     **others: Any,
 ) -> Tensor | None:
-    """Return the mask that the registered attentions expect: additive (batch, 1, 1, tokens), or None if there is no mask.
+    """Return the additive mask (batch, 1, 1, tokens) for the registered attention functions, or None if there is no mask.
 
     The mask is additive, like the mask of transformers' eager attention, because about 35 models add the mask to logits that
     they compute themselves, regardless of the selected attention.
@@ -264,20 +267,20 @@ def padding_mask(
 
 
 def patch(model: nn.Module) -> Report:
-    """Replace the attention of every Nystromformer and the transform of every FNet in `model`, in place.
+    """Replace the attention of every Nystromformer and the Fourier transform of every FNet in `model`, in place.
 
         report = patch(NystromformerModel.from_pretrained(...))
 
-    The replacements are equivalent but faster. Parameters and their names do not change. If a sequence contains only padding,
-    its landmarks have attention weights of 0, whereas these weights are uniform in transformers. Calls that request the
-    attention weights (output_attentions) run the code of transformers. In a patched model, such calls also support padded
-    batches. In transformers, they raise an error for padded batches if num_landmarks differs from segment_means_seq_len.
+    Parameters do not change. The replacements are faster, and compute the same outputs unless a sequence consists entirely of
+    padding. The landmarks of such a sequence have attention weights of 0, but uniform weights in transformers. Calls that
+    request the attention weights (output_attentions) run the code of transformers. In a patched model, such calls also support
+    padded batches. In transformers, they raise an error for padded batches if num_landmarks differs from segment_means_seq_len.
 
     Returns:
-        a report that lists the replaced layers, and the FNet layers that cannot be replaced, with the reason.
+        a report that lists the replaced layers, and the reason for each layer that was not replaced.
 
     Raises:
-        ValueError: there was nothing to replace.
+        ValueError: nothing could be replaced.
     """
 
     def reason_against(module: nn.Module) -> str:
@@ -301,7 +304,7 @@ def nystromformer_attention(
     attention_mask: Tensor | None = None,
     output_attentions: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Forward of NystromformerSelfAttention that does not store attention matrices of tokens x landmarks.
+    """Forward method of NystromformerSelfAttention that does not store tokens x landmarks attention matrices.
 
     As in transformers, padding is masked only in the softmax over tokens, and init_option "original" divides the first
     iterate of the pseudo-inverse by a maximum over the batch.
@@ -310,7 +313,10 @@ def nystromformer_attention(
         hidden_states: (batch, tokens, channels).
         attention_mask: additive mask (batch, 1, 1 or tokens, tokens), with the same row for all queries. It is 0 for valid
             tokens, and the lowest value of its dtype for padded tokens.
-        output_attentions: whether to run the forward of transformers, which can return the attention weights.
+        output_attentions: whether to also return the attention weights. If True, the forward method of transformers runs.
+
+    Returns:
+        a tuple of the output (batch, tokens, channels), and the attention weights if requested.
     """
     if output_attentions:
         host = modeling_nystromformer.NystromformerSelfAttention
@@ -347,14 +353,14 @@ def _through_landmarks(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, atten
 
 
 def _one_row(attention_mask: Tensor) -> Tensor:
-    """Return the row (batch, 1, 1, tokens) of a mask. Newer versions of transformers repeat this row for every query."""
+    """Return the first row of a mask, (batch, 1, 1, tokens), after checking that it is the same for all heads and queries."""
     row = attention_mask[:, :1, :1]
     require_all(attention_mask == row, "attention_mask: expected the same row for all heads and queries")
     return row
 
 
 def fnet_transform(module: modeling_fnet.FNetBasicFourierTransform, hidden_states: Tensor) -> tuple[Tensor]:
-    """Forward of FNetBasicFourierTransform without complex numbers. `hidden_states` has shape (batch, tokens, channels)."""
+    """Forward method of FNetBasicFourierTransform without complex numbers. `hidden_states` is (batch, tokens, channels)."""
     return (fourier_mixing(hidden_states),)
 
 
@@ -371,7 +377,7 @@ require_call("transformers", FNetBasicFourierTransform, modeling_fnet.FNetBasicF
 
 
 def uses_dft_matrices(module: modeling_fnet.FNetBasicFourierTransform) -> bool:
-    """Return whether the FNet uses DFT matrices. For short sequences, they are truncated, so results differ from an FFT."""
+    """Return whether `module` uses DFT matrices. For short sequences, it truncates them, so its results differ from an FFT."""
     return hasattr(module, "dft_mat_seq")
 
 

@@ -5,8 +5,8 @@ PreTrainedModel and one of PreTrainedConfig. While `save_pretrained` runs, the c
 attn_implementation, which transformers reads when it loads a configuration, and vix_attention, which describes the attention.
 If the configuration of a new model has the entry vix_attention, `post_init` ends by installing this attention, before weights
 are loaded. If the entry lists layers, it stays in the configuration, so that other models created from this configuration have
-the same attention. Models without an attention of this library are not affected. If a process that has not imported the
-integration loads a model with such an attention, transformers raises an error that names attn_implementation.
+the same attention. Models without attention from this library are not affected. If a process that has not imported the
+integration loads a model with such attention, transformers raises an error that names attn_implementation.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ with host("transformers", "5.17"):
     from transformers import PreTrainedConfig, PreTrainedModel
 
 CHILDREN = "vix"  # the attn_implementation that calls the child module `vix` of each attention module
-MISSING = "vix_missing"  # marks the modules of a new model if none of the layers in its entry vix_attention was replaced
+MISSING = "vix_missing"  # attribute of the modules of a new model if none of the layers listed in vix_attention was replaced
 # Maps every other attn_implementation of this library to its attention, and to whether an op that needs training is allowed
 NAMED: dict[str, tuple[DropIn, bool]] = {}
 
 
 def configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """Yield a configuration and, recursively, the configurations of its parts."""
+    """Yield a configuration and, recursively, all its sub-configurations."""
     yield config
     for part in parts(config).values():
         yield from configs(part)
@@ -48,7 +48,7 @@ def parts(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:
 
 
 def implementations(config: PreTrainedConfig) -> str | dict[str, Any] | None:
-    """Return the value of attn_implementation to save: a name, or a dict for a model with parts. None selects the default."""
+    """Return the attn_implementation to save: a name, or a dict if there are sub-configurations. None selects the default."""
     name = config._attn_implementation
     name = name if name == CHILDREN else f"vix_{NAMED[name][0].op}" if name in NAMED else None
     found = {part: implementations(each) for part, each in parts(config).items()}
@@ -56,7 +56,7 @@ def implementations(config: PreTrainedConfig) -> str | dict[str, Any] | None:
 
 
 def entry(model: PreTrainedModel | None, config: PreTrainedConfig) -> dict[str, Any] | None:
-    """Return a description of the attention in the modules with `config`, or None if this library does not provide it."""
+    """Return a description of the attention in the modules with `config`, or None if it is not from this library."""
     if config._attn_implementation in NAMED:
         return described(NAMED[config._attn_implementation][0])
     if config._attn_implementation != CHILDREN:
@@ -65,7 +65,7 @@ def entry(model: PreTrainedModel | None, config: PreTrainedConfig) -> dict[str, 
 
 
 def replaced_layers(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Any] | None:
-    """Return a description of the replaced attentions in the modules with `config`, or None if there are none."""
+    """Return a description of the modules with `config` whose attention was replaced, or None if there are none."""
     layers = {}
     for name, module in model.named_modules():
         if getattr(module, "config", None) is config and is_replaced(module):
@@ -75,9 +75,9 @@ def replaced_layers(model: PreTrainedModel, config: PreTrainedConfig) -> dict[st
 
 
 def select_children(model: PreTrainedModel, replaced: Iterable[nn.Module]) -> None:
-    """For each module in `replaced`, make its configuration select and describe the attention in the child modules."""
+    """Make the configurations of the modules in `replaced` select and describe the attention in the child modules `vix`."""
     for config in {id(module.config): module.config for module in replaced}.values():
-        config._attn_implementation_internal = CHILDREN  # the property's setter would also change the configurations of parts
+        config._attn_implementation_internal = CHILDREN  # the property's setter would also change sub-configurations
         setattr(config, ENTRY, entry(model, config))
         for _, module in _modules_with(model, config):
             vars(module).pop(MISSING, None)
@@ -85,7 +85,7 @@ def select_children(model: PreTrainedModel, replaced: Iterable[nn.Module]) -> No
 
 @contextmanager
 def with_entries(whole: PreTrainedConfig, model: PreTrainedModel | None = None) -> Iterator[None]:
-    """Add the two entries to a configuration and its parts inside the block.
+    """Add attn_implementation and vix_attention to a configuration and its sub-configurations inside the block.
 
     If `model` is None, descriptions of layers that are already in the configuration are kept.
     """
@@ -124,13 +124,13 @@ def restore(model: PreTrainedModel) -> None:
             if id(config) in known:
                 _restore_layers(model, config, found)
             elif name == CHILDREN and not any(is_replaced(module) for _, module in _modules_with(model, config)):
-                # The configuration is a copy that a part of `model` made. Layers with such a copy are not replaced.
+                # The configuration is a copy that a submodule of `model` made. Layers with such a copy are not replaced.
                 config._attn_implementation_internal = "sdpa"
             continue
         if name == CHILDREN:
             attention = _attention(found)
             raise ValueError(
-                f"attn_implementation: expected 'vix_{attention.op}', with which the model was saved, or another attention for "
+                f"attn_implementation: expected 'vix_{attention.op}', with which the model was saved, or another implementation for "
                 f"all layers, got {name!r}, which requires a model saved after replace_attention"
             )
         if name in NAMED:
@@ -182,10 +182,11 @@ def _registered(name: str, attention: DropIn) -> str:
 def _restore_layers(model: PreTrainedModel, config: PreTrainedConfig, found: dict[str, Any]) -> None:
     """Replace the attention of the saved layers in `model` if `config` has attn_implementation "vix".
 
-    `model` can be a part of the saved model, or a larger model that contains it. In both cases, the names of the layers have a
-    different prefix in `model` than in `found`. Parts are restored before the model that contains them. If no layer is
-    replaced, the modules get the attribute vix_missing, which makes attn_implementation "vix" raise an error. The attribute is
-    removed when layers are replaced later, by restoring a model that contains these modules or by replace_attention.
+    `model` can be a submodule of the saved model, or a larger model that contains it. In both cases, the names of the layers
+    have a different prefix in `model` than in `found`. Submodules are restored before the model that contains them. If no layer
+    is replaced, all modules with `config` get the attribute vix_missing, which makes attn_implementation "vix" raise an error.
+    The attribute is removed when layers are replaced later, by restoring a model that contains these modules or by
+    replace_attention.
     """
     layers = found["layers"]
     if not isinstance(layers, dict):
@@ -204,7 +205,7 @@ def _restore_layers(model: PreTrainedModel, config: PreTrainedConfig, found: dic
     try:
         for name, saved in places.items():
             attention, module = _attention(layers[saved]), inside[name]
-            if is_replaced(module):  # when a part of `model` was restored
+            if is_replaced(module):  # when a submodule of `model` was restored
                 continue
             options = attention.options | dict(backend=attention.backend, dropout=attention.dropout)
             replace_attention(model, attention.op, layers=[name], retrain=True, **options)

@@ -26,10 +26,10 @@ def replace_attention(
         op, retrain, options: as in DropIn. Each layer has different random features.
 
     Returns:
-        a report that lists the replaced layers, and the layers that could not be replaced, each with the reason.
+        a report that lists the replaced layers, and the reason for each layer that was not replaced.
 
     Raises:
-        ValueError: nothing could be replaced, a pattern matches no attention, or `op` needs retrain=True.
+        ValueError: nothing could be replaced, a pattern matches no attention layer, or `op` needs retrain=True.
     """
     kind = DropIn(op, retrain=retrain, **options)  # checks the arguments
     backend = options.pop("backend", None)
@@ -57,7 +57,7 @@ def replace_attention(
 
 
 def placed(core: Core, site: Site, options: dict[str, Any]) -> Core:
-    """Return the core for the layer at `site`. Landmarks or agents are on the model's grid, unless `options` place them."""
+    """Return the core for the layer at `site`. Landmarks or agents are on the model's grid unless `options` place them."""
     core = core.fit(site).with_prefix(site.prefix_tokens)
     core = core.after_prefix(options.get("prefix_tokens", site.prefix_tokens))
     if site.grid_size and options.get("landmarks", "grid") == "grid" and "grid_size" not in options:

@@ -1,4 +1,4 @@
-"""Helper functions of `linearize` for batches of images or tokens, and for the outputs of a model."""
+"""Helper functions of `linearize` for batches of images or tokens, and for model outputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def drawn(name: str, batches: Batches, least: int = 1) -> Iterator[Any]:
     """Iterate once over the batches with at least `least` samples.
 
     Raises:
-        TypeError: `batches` is not a function that returns an iterable. In the message, this argument is called `name`.
+        TypeError: `batches` is not a function that returns an iterable. The message calls this argument `name`.
     """
     if not callable(batches):
         raise TypeError(f"{name}: expected a function that returns a fresh iterator, got {type(batches).__name__}")
@@ -33,7 +33,7 @@ def drawn(name: str, batches: Batches, least: int = 1) -> Iterator[Any]:
 
 
 def endless(batches: Batches, least: int = 1) -> Iterator[Any]:
-    """Iterate endlessly over the batches with at least `least` samples, with a new call of `batches` for each pass.
+    """Yield batches with at least `least` samples indefinitely. Whenever the batches end, `batches` is called again.
 
     Raises:
         TypeError, ValueError: `batches` is not a function that returns an iterable with at least one such batch.
@@ -56,7 +56,7 @@ def size_of(batch: Any) -> int:
 
 
 def part_of(batch: Any, rank: int, world: int) -> Any:
-    """Return every `world`-th sample of a batch, beginning with sample `rank`. Inference tensors are copied."""
+    """Return every `world`-th sample of a batch, starting with sample `rank`. Inference tensors are copied."""
     size = size_of(batch)
 
     def part(x: Any) -> Any:
@@ -81,7 +81,7 @@ def checksum(batches: Iterable[Any], start: int = 0) -> int:
 
 
 def _dense(x: Tensor) -> list[Tensor]:
-    """Return dense tensors with the content of `x`. A meta tensor has none."""
+    """Return dense tensors with the content of `x`, or an empty list for a meta tensor."""
     if x.is_meta:
         return []
     if x.is_nested:
@@ -90,7 +90,7 @@ def _dense(x: Tensor) -> list[Tensor]:
 
 
 def check_same(name: str, batches: Iterable[Any], ranks: Ranks) -> None:
-    """Check that all processes have the same batches. A single process has nothing to compare.
+    """Check that all processes have the same batches.
 
     Raises:
         ValueError: the tensors differ. All processes raise this error.
@@ -99,8 +99,8 @@ def check_same(name: str, batches: Iterable[Any], ranks: Ranks) -> None:
         return
     if len(ranks.union({str(checksum(batches))})) > 1:
         raise ValueError(
-            f"{name}: expected the same batches in all {ranks.world} processes, of which each gets a part, got different ones: "
-            "use the same seed, and no sampler that divides the samples"
+            f"{name}: expected the same batches in all {ranks.world} processes, which split them, got different ones: "
+            "use the same seed, and no sampler that splits the samples"
         )
 
 

@@ -1,4 +1,4 @@
-"""Checks of the arguments of `linearize`, before anything changes."""
+"""Check the arguments of `linearize` before it changes the model."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ examples:
   vix linearize --checkpoint runs/vit-photos --dataset data/photos --op nystrom --max-error 0.01 --output runs/nystrom
   vix linearize --model timm:vit_small_patch16_224 --pretrained --dataset data/photos --output runs/small-linear
   vix validate --checkpoint runs/vit-digits-linear --dataset digits
-  torchrun --nproc-per-node 8 -m vix_kernels linearize ...                     # each batch is divided among the processes
+  torchrun --nproc-per-node 8 -m vix_kernels linearize ...                     # the processes split each batch
 
 The features are fitted to a random sample of the training images, without their labels. The report compares the outputs of the
 converted model and of the original on a random sample of the held-out images. Every run draws the same samples. The folder
@@ -50,7 +50,7 @@ def linearize_command(argv: list[str]) -> int:
         help="timm:NAME, or hf:FOLDER with a model saved by transformers (default: the model in --checkpoint)",
     )
     add("--pretrained", action="store_true", help="download the weights of a timm model")
-    add("--dataset", metavar="NAME", help="as for vix train (default: the data set that the checkpoint was trained on)")
+    add("--dataset", metavar="NAME", help="as for vix train (default: the dataset that the checkpoint was trained on)")
     add("--data-dir", metavar="DIR", help="as for vix train")
     add("--op", default="feature", metavar="OP", help="feature, nystrom, performer, agent or linear (default: %(default)s)")
     add(
@@ -69,7 +69,7 @@ def linearize_command(argv: list[str]) -> int:
         "--exact-prefix",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="class and register tokens attend by exact softmax (default: yes)",
+        help="use exact softmax attention for class and register tokens (default: yes)",
     )
     add("--layers", nargs="+", metavar="NAME", help='names or patterns of attention layers, such as "blocks.1*" (default: all)')
     add(
@@ -174,10 +174,11 @@ def _run(options: Any, ranks: Ranks) -> Report:
 
 
 def _classes(trained: Trained, dataset: Dataset, options: Any) -> tuple[str, ...] | None:
-    """Return the names of the model's classes, or None if they are unknown.
+    """Return the class names to save with the result, or None if they are unknown.
 
-    Models of transformers and folders of images often have different names for the same classes. If no name is the same, and
-    the number of classes is, the names in the data set are returned, so that the result can be validated with it.
+    These are the class names of the model. If there are none, or if --model is given and none of its names matches, they are
+    the class names of the dataset, provided that both have the same number of classes. The result can then be validated on the
+    dataset. For example, transformers models and image folders often name the same classes differently.
     """
     known, found = trained.classes, dataset.classes
     if len(found) != trained.model.num_classes:
@@ -191,9 +192,9 @@ def _classes(trained: Trained, dataset: Dataset, options: Any) -> tuple[str, ...
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that contains files, but neither linearized.json nor linearize.pt.
+    """Raise UserError if `folder` is a file, or contains files but neither linearized.json nor linearize.pt.
 
-    If `overwrite` is False, also refuse a folder with a converted model. A folder with linearize.pt, the checkpoint of a
+    If `overwrite` is False, a folder with a converted model is also an error. A folder with linearize.pt, the checkpoint of a
     conversion, is always accepted.
     """
     from ..integrations.linearized import CONFIG, PROGRESS, WEIGHTS
@@ -209,7 +210,10 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
 
 @contextmanager
 def _locked(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """Create and lock the folder, so that no second command writes to it. Remove a new folder if it is empty in the end."""
+    """Create and lock the folder, so that no second command writes to it.
+
+    On exit, remove the folder if it was created here and is empty.
+    """
     from ..training.checkpoint import remove_leftovers
     from ..training.lock import locked
 
@@ -239,7 +243,7 @@ def _dataset(trained: Trained, options: Any) -> Dataset:
 
     name = options.dataset or trained.config.dataset
     if not name:
-        raise UserError("--dataset: expected a name, because the checkpoint does not state its training data set, got none")
+        raise UserError("--dataset: expected a name, because the checkpoint does not state its training dataset, got none")
     source = open_dataset(name, tuple(trained.model.img_size), data_dir=options.data_dir or trained.config.data_dir)
     if source.shape != trained.shape:
         raise UserError(f"--dataset: expected images of the model's shape {trained.shape}, got {source.shape} in {source.name}")
@@ -247,7 +251,7 @@ def _dataset(trained: Trained, options: Any) -> Dataset:
 
 
 def _batches(dataset: Dataset, trained: Trained, images: Any, count: int, size: int) -> Callable[[], Iterator[Tensor]]:
-    """Return a function that iterates over `count` random images in batches of `size`. Every call yields the same batches."""
+    """Return a function that iterates over `count` randomly chosen images in batches of `size`, always in the same order."""
     import torch
 
     def batches() -> Iterator[Tensor]:

@@ -58,37 +58,37 @@ def linearize(
 
     The model can be from timm, transformers or vix_kernels.models, or contain nn.MultiheadAttention. With op="feature", each
     layer learns features so that its output is close to that of softmax attention with the same q, k and v (Hedgehog, arXiv
-    2402.04347). The weights of the model do not change, unless `finetune_steps` is set. Class and register tokens attend by
-    exact softmax, unless exact_prefix=False or op="linear". With op="nystrom", there are no features to learn. Each layer gets
-    landmarks on the grid or in segments, whichever have the smaller error. Under torchrun, each process takes a part of every
-    batch, so all processes must get the same batches.
+    2402.04347). The weights of the model do not change, unless `finetune_steps` is set. Class and register tokens use exact
+    softmax attention, unless exact_prefix=False or op="linear". With op="nystrom", there are no features to learn. Each layer
+    gets landmarks on the token grid or in segments of the sequence, whichever have the smaller error. Under torchrun, each
+    batch is split among the processes, so all processes must get the same batches.
 
     Args:
         model: the trained model. It stays on its device.
         batches: a function that returns a fresh iterator over batches, always in the same order. A batch is a tensor, a tuple
             whose first item is the input of the model, or a dict of its arguments. 256 to 512 samples in batches of 16 suffice.
-        op: the new attention, such as "feature", "nystrom" or "performer" (random features, which are not trained).
-        layers: names or patterns of the attention layers, such as ["blocks.1*"]. None: all.
+        op: the new attention method, such as "feature", "nystrom" or "performer" (random features, which are not trained).
+        layers: names or patterns of the attention layers to convert, such as ["blocks.1*"]. None: all layers.
         steps: number of training steps, each with one batch.
         finetune_steps: number of additional steps, after `steps`. They train all weights that require gradients, so that
-            the model reproduces the output of the original model. Mean-pooled models without tokens that attend by exact
-            softmax gain most. If there are such steps, a second copy of the model is kept in memory.
+            the model reproduces the output of the original model. Models with mean pooling and without exact class or register
+            tokens benefit most. If finetune_steps > 0, a copy of the original model is kept in memory.
         distill: the output that the fine-tuning steps reproduce. "soft": the class probabilities, or the output itself if the
             model is not a classifier. "features": the result of model.forward_features.
         finetune_lr: learning rate of the fine-tuning steps.
         max_error: layers with a larger relative squared error keep softmax attention. For "nystrom", each layer gets the
             smallest number of landmarks whose error is at most max_error, unless num_landmarks is given.
-        eval_batches: held-out batches for the report. None: `batches`.
+        eval_batches: held-out batches for the report. Defaults to `batches`.
         eval_samples: number of samples for the errors and the agreement in the report, rounded up to whole batches.
         output: a folder for checkpoints. A call with the same settings continues an interrupted conversion in this folder.
         overwrite: whether to start again if `output` contains a conversion.
         seed: seed of the features.
-        progress: whether to show a progress bar. None: only on a terminal.
-        options: options of the attention, such as num_features=32 or exact_prefix=False. See
+        progress: whether to show a progress bar. By default, it is shown only on a terminal.
+        options: options of the new attention, such as num_features=32 or exact_prefix=False. See
             vix_kernels.integrations.drop_in.DropIn.
 
     Returns:
-        a Report. `print(report)` shows a table, and `report.draw(path)` a picture.
+        a Report. `print(report)` shows a table, and `report.draw(path)` saves a plot.
 
     Raises:
         ValueError, TypeError: an argument is invalid, or no layer can be converted. After any exception and after Ctrl-C, the
@@ -108,7 +108,7 @@ def linearize(
     with torch.inference_mode(False), connected() as ranks:
         try:
             with torch.no_grad():
-                weights = 0 if output is None else weights_checksum(model)  # only checkpoints need it
+                weights = 0 if output is None else weights_checksum(model)  # only checkpoints need the checksum
                 conversion = Conversion(model, batches, op, layers, options, ranks, seed, max_error, snapshot)
                 conversion.draw(eval_batches or batches, eval_samples)
                 settings = conversion.settings(
@@ -169,19 +169,19 @@ class Conversion:
             self.check_part()
 
     def check_part(self) -> None:
-        """Check that a part of a batch reduces the batch size in every layer by the same factor as that of the input."""
+        """Check that the batch size in every layer is proportional to that of the input, so that a batch can be split."""
         transferring(self.layers, ignore)
         self.run([self.first])
         part, before, error = self.part(self.first), [layer.batch for layer in self.layers], None
         try:
             self.run([part])
-        except Exception as caught:  # for example, because the position embedding has more tokens than the part
+        except Exception as caught:  # for example, because the position embedding has more tokens than the smaller batch
             error = caught
         whole, size = size_of(self.first), size_of(part)
         divided = all(layer.batch * whole == batch * size for layer, batch in zip(self.layers, before, strict=True))
         if self.ranks.largest(int(error is not None or not divided)):  # all processes must raise the error
             raise ValueError(
-                f"batches: expected samples in dimension 0, which {self.ranks.world} processes divide, got another layout, "
+                f"batches: expected samples in dimension 0, which {self.ranks.world} processes split, got another layout, "
                 "such as that of nn.MultiheadAttention(batch_first=False): convert the model in one process"
             ) from error
 
@@ -247,7 +247,7 @@ class Conversion:
                     self.report.warnings.append(f"{name}={slots} saves nothing, because there are {layer.tokens} tokens")
         if not self.layers:
             reasons = "; ".join(dict.fromkeys(self.report.refused.values())) or "no attention"
-            raise ValueError(f"model: expected at least one attention that can be converted, got {reasons}")
+            raise ValueError(f"model: expected at least one attention layer that can be converted, got {reasons}")
 
     def part(self, batch: Any) -> Any:
         """Return this process's samples of a batch."""
@@ -289,7 +289,7 @@ class Conversion:
                 parameter.grad.copy_(grad.view_as(parameter))
 
     def choose(self, max_error: float | None) -> None:
-        """Measure the final errors, choose a candidate for each layer, and restore softmax where the error is too large."""
+        """Measure the final errors. For each layer, choose a candidate, or softmax attention if the error is too large."""
         after = self.errors_before
         if self.trained:
             transferring(self.layers, measure)

@@ -1,4 +1,4 @@
-"""The learning-rate schedule, and the outputs that distillation compares in the steps that train all weights."""
+"""The learning-rate schedule, and the outputs that the fine-tuning steps distill."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of a conversion: a table, a picture, and a time measurement."""
+"""The report of a conversion: a table, a plot, and a time measurement."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class LayerReport:
 
     Attributes:
         tokens: the number of tokens.
-        before: the relative squared error of the attention's output before training, over the rows that do not attend by exact
-            softmax.
+        before: the relative squared error of the attention's output before training, excluding tokens with exact softmax
+            attention.
         after: the same error after the features were trained, but before any fine-tuning steps.
         attention: a description of the new attention, or why softmax attention is kept.
         converted: whether the layer is converted.
@@ -38,9 +38,9 @@ class Report:
     """The result of `linearize`.
 
     Attributes:
-        op: the new attention.
-        layers: maps the name of each layer that was measured to its result.
-        refused: the attentions that cannot be converted. Maps their names to the reasons.
+        op: the new attention method.
+        layers: the result for each measured layer, by the name of the layer.
+        refused: the reason for each layer that cannot be converted, by the name of the layer.
         agreement: percentage of samples for which the converted model and the teacher predict the same class, or None if the
             model is not a classifier.
         divergence: mean Kullback-Leibler divergence KL(teacher || converted model) of the class probabilities. If the model is
@@ -87,7 +87,7 @@ class Report:
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
     def draw(self, path: str | Path) -> None:
-        """Draw the errors of the layers before and after fitting, and write the picture to `path` as PNG."""
+        """Plot the errors of the layers before and after fitting, and save the plot to `path` as a PNG file."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -110,7 +110,10 @@ class Report:
         write_atomically(Path(path), lambda temporary: figure.savefig(temporary, format="png", dpi=150))
 
     def add_times(self, model: nn.Module, batch: Any, with_softmax: Callable[[], Any], rounds: int = 3) -> None:
-        """Time the model on `batch`, alternately as it is and inside the context manager that `with_softmax` returns."""
+        """Measure the times of a forward pass on `batch`, and add a warning if the converted model is slower.
+
+        In the context that `with_softmax` returns, the model computes softmax attention.
+        """
         self.milliseconds = compare(model, batch, with_softmax, rounds=rounds)
         if self.milliseconds[1] > self.milliseconds[0]:
             tokens = max(each.tokens for each in self.layers.values())

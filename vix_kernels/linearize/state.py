@@ -38,7 +38,7 @@ class Progress:
 
         Raises:
             TypeError: `folder` is not a path.
-            ValueError: `folder` is a file. Or `overwrite` is not set, and the folder contains a damaged checkpoint, a
+            ValueError: `folder` is a file; or `overwrite` is not set and the folder contains a damaged checkpoint, a
                 conversion with different settings, or files but no checkpoint.
         """
         if folder is not None and not isinstance(folder, str | PathLike):
@@ -73,7 +73,7 @@ class Progress:
         return progress
 
     def begin(self) -> None:
-        """Create the folder, after all checks. If this conversion does not continue a saved one, remove the old checkpoint."""
+        """Create the folder. If this conversion does not continue a saved one, remove the old checkpoint."""
         if self.path is None or not self.ranks.first:
             return
         try:
@@ -99,7 +99,7 @@ class Progress:
         return part["step"]
 
     def following(self, batches: Iterator[Any], steps: int) -> Iterator[Any]:
-        """Yield the batches of the steps that follow the restored ones, up to `steps` steps in all.
+        """Yield the batches of the steps after the restored steps, up to step number `steps`.
 
         Raises:
             ValueError: the batches of the restored steps differ from those before the interruption.
@@ -123,8 +123,8 @@ class Progress:
             return
         copies = [x.detach().cpu().clone() for x in tensors]
         part = {"step": step, "tensors": copies, "optimizer": optimizer.state_dict(), "batches": self.batches}
-        # Keep the part of the first stage, because checkpoints of the second stage also contain it. Parts of the second stage
-        # are not kept in memory, because they are too large.
+        # Keep the state of the first stage, because checkpoints of the second stage also contain it. The state of the second
+        # stage is not kept in memory, because it is too large.
         if stage == STAGES[0]:
             self.saved[stage] = part
         if self.ranks.first:
@@ -143,5 +143,5 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
     """Copy the parameters and buffers of `source` to `target`, a model with the same modules."""
     pairs = zip((*source.parameters(), *source.buffers()), (*target.parameters(), *target.buffers()), strict=True)
     for x, y in pairs:
-        if checksum([x]) != checksum([y]):  # writing to an expanded buffer, which no forward pass changes, is an error
+        if checksum([x]) != checksum([y]):  # an expanded buffer never differs, and writing to it would raise an error
             y.copy_(x)

@@ -1,12 +1,12 @@
-"""Attention transfer: fit linear attentions to the softmax attentions of a trained model, layer by layer.
+"""Attention transfer: fit linear attention to the softmax attention of a trained model, layer by layer.
 
-While a model runs, a `Transfer` replaces the core of each attention. It returns the result of softmax attention, so every layer
-receives the same inputs as in the trained model (the teacher). It also compares this result with the results of one or more
-linear attentions (the students) with the same q, k and v. The error of a layer is
+While a model runs, a `Transfer` replaces the core (see nn/core.py) of each attention layer. It returns the output of softmax
+attention, so every layer receives the same inputs as in the trained model (the teacher). It also compares this output with the
+outputs of one or more linear attention cores (the students) for the same q, k and v. The error of a layer is
 
     sum_n w_n |out_n - softmax_n|^2 / sum_n w_n |softmax_n|^2
 
-over the rows n that do not attend by exact softmax. Among these, class and register tokens have a larger weight w_n. Every
+over the valid tokens n without exact softmax attention. Class and register tokens among these have a larger weight w_n. Every
 layer has a separate loss, so its backward pass runs before the next layer starts, and only one layer keeps activations.
 """
 
@@ -28,7 +28,7 @@ from ..nn.softmax import Softmax
 from ..ops.rope import Rope, apply_rope
 from ..training.parallel import Ranks
 
-PREFIX_WEIGHT = 32.0  # weight of the rows of class and register tokens that are not exact
+PREFIX_WEIGHT = 32.0  # weight of class and register tokens without exact softmax attention
 SUMS = 2048  # maximum number of sums q_i + k_j per call, or 4 per feature if that is more; see `initialize`
 CLUSTER_STEPS = 10
 LANDMARKS = (16, 32, 64, 128)  # numbers of landmarks to choose from if max_error is set
@@ -43,15 +43,15 @@ class Layer:
     Attributes:
         name: the name of the layer in the model.
         holder: the module that holds the core and its parameters.
-        students: the candidates for the linear attention.
+        students: the candidate cores.
         prefix_tokens: the number of class and register tokens.
-        on_grid: number of students that can be placed on the model's grid. They are the first in the list.
+        on_grid: number of students whose landmarks can be placed on the model's grid. They are the first in the list.
         tokens, batch: the number of tokens and the batch size of k in the latest call.
         reason: why the layer cannot be converted, or "" if no reason is known.
         errors: for each call, a tensor (students + 1,): the squared error of each student, and the squared norm of the softmax
-            attention's output. Both are weighted sums over the rows.
+            attention's output. Both are weighted sums over the tokens.
         sums: for each call, sums q_i + k_j (count, heads, head_dim), from which the features are initialized.
-        scale: the factor of the logits.
+        scale: the scale of the logits.
     """
 
     name: str
@@ -78,9 +78,10 @@ class Layer:
 
 
 def layer_of(name: str, holder: Mounted, op: str, options: dict[str, Any], several: bool) -> Layer:
-    """Return a layer with its candidate attentions. Nystrom candidates differ in options that the user did not specify.
+    """Return a layer with its candidate cores.
 
-    These options are the kind of landmarks and, if `several` is set, their number.
+    For "nystrom", the candidates differ in the placement of the landmarks (on the grid or in segments) and, if `several` is
+    set, in the number of landmarks. Options that the user specified are the same in all candidates.
     """
     core = holder.core
     if op != "nystrom":
@@ -98,7 +99,7 @@ def layer_of(name: str, holder: Mounted, op: str, options: dict[str, Any], sever
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one call of `Core.attend`."""
+    """The arguments of one call to `Core.attend`."""
 
     module: Any
     q: Tensor
@@ -117,12 +118,12 @@ class Call:
         )  # fmt: skip
 
 
-# Receives a layer, its students with landmarks placed for this call, the call, and the result of softmax attention
+# Receives a layer, its students with landmarks placed for this call, the call, and the output of softmax attention
 Action = Callable[[Layer, list[Core], Call, Tensor], None]
 
 
 class Transfer(Core):
-    """A core that computes softmax attention, and passes each call and its result to `action`."""
+    """A core that computes softmax attention, and passes each call and its output to `action`."""
 
     name = "transfer"
 
@@ -150,17 +151,17 @@ class Transfer(Core):
             call = Call(module, q.detach(), k.detach(), v.detach(), scale, rope, tokens, backend)
             try:
                 self.action(self.layer, self.students, call, target.detach())
-            except NotImplementedError as error:  # for example, an attention that does not support rotary embedding
+            except NotImplementedError as error:  # for example, if a student does not support rotary embeddings
                 self.layer.reason = str(error)
         return target
 
 
 def ignore(layer: Layer, students: list[Core], call: Call, target: Tensor) -> None:
-    """Do nothing: the model computes softmax attention."""
+    """Do nothing, so that the model only computes softmax attention."""
 
 
 def squared(layer: Layer, student: Core, call: Call, out: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the weighted sums of squares of the error and of the target."""
+    """Return the weighted squared error of `out` and the weighted squared norm of `target`."""
     exact, prefix = student.exact_rows(call.tokens), layer.prefix_tokens
     weights = torch.ones(out.shape[2], device=out.device)
     weights[:prefix] = PREFIX_WEIGHT
@@ -181,7 +182,7 @@ def measure(layer: Layer, students: list[Core], call: Call, target: Tensor) -> N
 
 
 def collect(layer: Layer, students: list[Core], call: Call, target: Tensor) -> None:
-    """Append to `layer.sums`, for each head, sums of a random query and a random key of the same sample."""
+    """Append sums q_i + k_j to `layer.sums`, where i and j are random tokens of the same sample."""
     q, k = call.q, call.k
     if call.rope is not None:
         q, k = apply_rope(q, k, call.rope, backend=call.backend)
@@ -219,7 +220,7 @@ def fitting(ranks: Ranks) -> Action:
 
 @torch.no_grad()
 def initialize(layer: Layer, seed: int) -> None:
-    """Set the features to the centers of clusters of the sums q' + k', where q' = sqrt(scale) q and k' = sqrt(scale) k.
+    """Set the features to the k-means centers of the sums q' + k', where q' = sqrt(scale) q and k' = sqrt(scale) k.
 
     exp(scale q.k) = exp(|q' + k'|^2 / 2) exp(-|q'|^2 / 2) exp(-|k'|^2 / 2). The features exp(w.q') exp(w.k' - |w|^2 / 2) with w
     near q' + k' contribute most to an estimate of the first factor.

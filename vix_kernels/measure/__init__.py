@@ -8,18 +8,18 @@ models          comparison of the models with the original implementations
 sweep           `vix bench`
 pictures        plots of the results of `vix bench`
 check           `vix check`
-costs, roofline     arithmetic, bytes and launches of a call; `vix dev roofline`
+costs, roofline     operations, bytes and launches of a call; `vix dev roofline`
 traffic         bytes that the kernels load and store; `vix dev traffic`
 interpreter     Triton's interpreter: speedups, and hooks for loads and stores
 offline, machine_code       compilation for GPUs that are not present, and the resources that the machine code uses
 observed        launches of a public call, recorded without compilation and identified by hashes
-ttgir, counting     loops and logits in Triton's intermediate code, and instruction counts of the machine code
+ttgir, counting     loops and logits in Triton's intermediate representation, and instruction counts of the machine code
 compile_report, compile_cell    `vix dev compile-report`: the command and its workers
 compile_table, budgets          the table of the compile report, and its checks
 launch_times, flash     predicted time of each launch, and its comparison with published times
 sources         hashes of the source code of kernels
 host_time       `vix dev host-time`
-break_even      break-even lengths: the numbers of tokens at and above which attentions are faster than softmax
+break_even      break-even lengths: the numbers of tokens at and above which attention methods are faster than softmax
 shared_memory   shared memory of every entry of the launch table; `vix dev compile-report --shared`
 tune            `vix dev tune`
 """

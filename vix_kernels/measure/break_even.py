@@ -1,7 +1,8 @@
-"""Break-even lengths: the number of tokens at and above which each attention is faster than softmax attention.
+"""Break-even lengths: the number of tokens at and above which an attention method is faster than softmax attention.
 
 The table break_even.csv has lengths that were measured on a CPU, and lengths that were predicted for a GPU. `python -m
-bench.break_even` writes it, and docs/choosing.md explains it. The lengths differ for other devices, options and batch sizes.
+bench.break_even --write` updates the table, and docs/choosing.md explains it. The lengths differ for other devices, options and
+batch sizes.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ MORE, FEWER = "more than ", " or fewer"
 
 @dataclass(frozen=True)
 class BreakEven:
-    """The break-even length of one attention.
+    """The break-even length of one attention method.
 
     Attributes:
-        kind: "measured" or "predicted": the kind of times from which the length was computed.
+        kind: "measured" or "predicted": whether the length was computed from measured or predicted times.
         device: the CPU with its number of threads, or the name of the GPU.
         commit: the commit of this library whose times were measured or predicted.
-        op: short name of the attention, such as "nystrom".
+        op: short name of the attention method, such as "nystrom".
         direction: "forward", or "full" for forward and backward together.
         width: width of a head.
-        tokens: the number of tokens from which the attention is faster. "N or fewer": it is faster at all tested lengths, of
-            which N is the shortest. "more than N": it is not faster at N, the longest tested length.
+        tokens: the break-even length. "N or fewer": the method is faster at all tested lengths, of which N is the shortest.
+            "more than N": the method is not faster at N, the longest tested length.
     """
 
     kind: str
@@ -43,12 +44,12 @@ class BreakEven:
 
     @property
     def rounded(self) -> str:
-        """`tokens`, rounded to two significant figures unless it is a bound."""
+        """`tokens` rounded to two significant digits. "N or fewer" and "more than N" are returned unchanged."""
         return f"{int(float(f'{int(self.tokens):.1e}')):,}" if self.tokens.isdecimal() else self.tokens
 
     @property
     def least(self) -> float:
-        """The number of tokens below which the attention is expected to be slower. 0 if it is faster at all tested lengths."""
+        """The number of tokens below which the method is expected to be slower. 0 if it is faster at all tested lengths."""
         number = int(self.tokens.removeprefix(MORE).removesuffix(FEWER))
         return 0 if self.tokens.endswith(FEWER) else number + self.tokens.startswith(MORE)
 
@@ -60,10 +61,10 @@ def rows() -> tuple[BreakEven, ...]:
 
 
 def slower(op: str, tokens: int, width: int, device: str) -> BreakEven | None:
-    """Return the row that shows that `op` is slower than softmax attention in the forward pass. None: there is no such row.
+    """Return the row that shows that `op` is slower than softmax attention in the forward pass, or None if there is none.
 
     Args:
-        op: short name of the attention.
+        op: short name of the attention method.
         tokens: the number of tokens.
         width: width of a head. The row with the closest width on a logarithmic scale is used.
         device: type of the device: "cpu" or "cuda".
@@ -75,12 +76,11 @@ def slower(op: str, tokens: int, width: int, device: str) -> BreakEven | None:
 
 
 def crossing(ratios: Mapping[int, float]) -> str:
-    """Return `BreakEven.tokens`.
+    """Return the break-even length as text, in the format of `BreakEven.tokens`.
 
-    `ratios` maps a number of tokens to the time of the attention divided by the time of softmax attention.
-
-    Between the largest length at which the attention is not faster and the next length, the logarithm of the ratio is
-    interpolated linearly in the logarithm of the number of tokens.
+    `ratios` maps numbers of tokens to the time of the attention method divided by the time of softmax attention. Between the
+    largest length at which the method is not faster and the next length, the logarithm of the ratio is interpolated linearly
+    in the logarithm of the number of tokens.
     """
     lengths = sorted(ratios)
     slower = [at for at, tokens in enumerate(lengths) if ratios[tokens] >= 1]

@@ -24,10 +24,10 @@ class Declared:
     """An exception to a limit, for kernels whose names start with `kernel`.
 
     Attributes:
-        limit: largest value that is allowed instead of the usual one.
+        limit: the largest allowed value, instead of the usual limit.
         reason: why the exception is necessary.
-        use: words that describe calls, such as "performer+mask backward 110". The exception applies if a call in `Row.uses` is
-            described by all of them.
+        use: words such as "performer+mask backward 110". The exception applies only to rows in which a call in `Row.uses`
+            contains all of these words.
         archs, dtypes, widths: where the exception applies. An empty tuple means all values.
     """
 
@@ -51,7 +51,7 @@ class Declared:
 
 @cache
 def words(use: str) -> set[str]:
-    """Return the op, the variants, the direction and the numbers of slots of a call, as far as `use` names them."""
+    """Return the words of `use`, a call as in `Row.uses`: op, variants, direction and numbers of slots."""
     return set(re.findall("[^ +,]+", use))
 
 
@@ -191,7 +191,7 @@ def nvidia_violations(row: Row) -> list[str]:
 
 
 def is_pass(row: Row) -> bool:
-    """Return whether a kernel is one of the softmax passes between tokens and slots."""
+    """Return whether a kernel computes softmax attention between tokens and slots."""
     return row.kernel.startswith(("aggregate", "broadcast")) and "prepare" not in row.kernel
 
 
@@ -200,18 +200,19 @@ def is_pass(row: Row) -> bool:
 
 @dataclass(frozen=True)
 class Budget:
-    """A limit on a measured quantity, such as instructions per logit, of the kernels that a call launches.
+    """A limit on a value in the compile report, such as instructions per logit, for the kernels that a call launches.
 
     Attributes:
         name: what the value is, for messages.
         kernels: prefixes of kernel names. The values of these kernels are added; for "warps", the minimum is used.
-        use, width, slots: the call, such as "performer forward", its head width, and its number of slots (0 for any).
+        use, width, slots: the call, such as "performer forward", its head width, and its number of slots,
+            such as random features (0 for any).
         most: the budget. It is a maximum, except for "warps", where it is a minimum.
         reached: if the budget is missed, the limit that is checked instead.
         reason: why the budget is missed.
         column: which value is limited: "loop" or "whole" (columns of the compile report), "whole over loop" (their ratio),
             "thousand" (instructions per 1,000 multiply-adds), or "warps" (resident warps of a multiprocessor).
-        against: another call. If it is set, the value is divided by the value of the same kernels in that call.
+        against: another call, or "". If it is set, the value is divided by the value of the same kernels in that call.
         dtype: the dtype. If it is not bf16, the value is divided by the value of the same kernels in bf16.
     """
 
@@ -368,10 +369,7 @@ PREDICTED = (
 
 
 def late(times: Mapping[str, float]) -> tuple[list[str], list[str]]:
-    """Return messages for the predicted `times` (in seconds) that exceed their budgets.
-
-    They are two lists: messages for times that `Predicted.reached` allows, and the others.
-    """
+    """Return messages for the predicted `times` (in seconds) that exceed their budgets, as two lists (see `missed`)."""
     declared, failed = [], []
     for budget in PREDICTED:
         value = 1e6 * times.get(budget.name, 0.0)

@@ -25,7 +25,7 @@ from .observed import Launch, Use, brief, observe_cell
 from .roofline import GPUS
 from .ttgir import evaluate
 
-SAMPLES = 256  # maximum number of programs per launch whose loop lengths are evaluated
+SAMPLES = 256  # maximum number of programs per launch for which trip counts of loops are evaluated
 STEP = 7919  # distance between the indices of these programs; a prime number, so that ids vary in all dimensions of the grid
 
 
@@ -37,7 +37,7 @@ class Report:
         cell: the architecture, dtype and head width, if the report covers one cell.
         rows: a row for every launched specialization that was compiled in this run or is in the table.
         compiled: number of specializations that were compiled in this run.
-        missing: number of launched specializations that the table lacks. It is only counted if nothing is compiled.
+        missing: number of launched specializations that the table lacks. It is counted only if nothing is compiled.
         launches: maps "op direction" to the numbers of launches (by this library, by PyTorch) of the call with the most
             launches by this library.
         errors: a message for each call or compilation that failed.
@@ -66,7 +66,7 @@ class Report:
 
 
 def run_cell(arch: str, dtype: str, width: int, ops: tuple[str, ...], table: Path, again: Collection[str] | None) -> Report:
-    """Report on one cell. Compile the specializations that `table` lacks, and those whose keys are in `again`.
+    """Return the report of one cell. Compile the specializations that `table` lacks, and those whose keys are in `again`.
 
     If `again` is None, nothing is compiled.
     """
@@ -93,7 +93,7 @@ def run_cell(arch: str, dtype: str, width: int, ops: tuple[str, ...], table: Pat
 
 
 def predicted_times(arch: str, dtype: str, width: int, known: Mapping[str, Row]) -> dict[str, float]:
-    """Map the name of each budget for this cell to the predicted seconds, or to infinity if a loop has an unknown length."""
+    """Map the name of each budget for this cell to the predicted seconds, or to infinity if a trip count is unknown."""
     from .launch_times import call_times  # imported here, because launch_times imports this module
 
     gpu = next(gpu for gpu in GPUS if gpu.name == "H100")
@@ -126,9 +126,9 @@ def whole(row: Row, launches: Iterable[Launch]) -> float:
 
 
 def work(parts: Iterable[Section], launch: Launch) -> list[float]:
-    """Return the counts of one warp (see Counts), summed over all programs. They are extrapolated from a sample of programs.
+    """Return the counts of one warp (see Counts), summed over all programs. The sum is extrapolated from a sample.
 
-    Loops of unknown length count as if they ran once.
+    If the trip count of a loop is unknown, one iteration is assumed.
     """
     parts = tuple(parts)
     total = [0.0] * len(PIPES)

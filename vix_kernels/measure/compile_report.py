@@ -1,9 +1,9 @@
 """Compile the kernels that the public ops launch, count the instructions of their machine code, and check the counts.
 
 The committed table has a row for every specialization that was compiled. Only specializations without a current row are
-compiled, so a change to a kernel does not recompile other kernels. The exit status is 1 if a kernel spills, does not fit in
-shared memory, executes matrix products one after another, computes logits twice, or exceeds a budget. The limits, budgets and
-exceptions are in measure/budgets.py.
+compiled, so a change to a kernel does not recompile other kernels. The exit status is 1 if a kernel does not compile, spills,
+does not fit in shared memory, executes matrix products one after another, computes logits twice, or exceeds a budget. The
+limits, budgets and exceptions are in measure/budgets.py.
 
 --write adds the new rows to the table and drops the rows of changed kernels. It saves every finished cell (architecture, dtype
 and head width), so that the next run continues an interrupted run.
@@ -57,7 +57,7 @@ FEW_WIDTHS = (32, 64, 128)
 
 
 def grid(arch: str, oldest: bool) -> list[Cell]:
-    """Return the cells that the committed table covers for one architecture and the oldest or the newest Triton."""
+    """Return the cells that the committed table covers for one architecture and the oldest or newest supported Triton."""
     if oldest and arch != "sm_90":
         return []
     if arch in FULL and not oldest:
@@ -142,8 +142,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def worker_environment() -> Iterator[None]:
     """Set the environment that worker processes inherit.
 
-    In this environment, kernels are compiled instead of interpreted. Triton's cache starts empty unless the user chose a cache
-    folder. The profiler prints nothing. Line information stays enabled, although nothing reads it, because otherwise ptxas
+    In this environment, kernels are compiled instead of interpreted. Triton's cache starts empty unless TRITON_CACHE_DIR is
+    set. PyTorch's profiler logs nothing. Line information stays enabled, although nothing reads it, because otherwise ptxas
     would generate code with different register counts.
     """
     with tempfile.TemporaryDirectory() as cache, patch.dict(os.environ):

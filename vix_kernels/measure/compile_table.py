@@ -27,17 +27,17 @@ class Row:
         programs: number of programs that are resident on a multiprocessor at the same time.
         unit: the unit in "per unit" below: "logit", "value" or "" (see counting.Analysis).
         loop: instructions of all lanes in the main loops, per unit.
-        whole: instructions of all programs in the largest launch that the report observes, per pair of a token and a slot.
-            Padding does not count as tokens or slots. For kernels without main loops or without arguments N and M, the number
-            is per element of the largest tensor.
+        whole: instructions of all programs in the largest observed launch, per pair of a token and a slot (such as a landmark
+            or a random feature). Padding does not count as tokens or slots. For kernels without main loops or without arguments
+            N and M, the number is per element of the largest tensor.
         exps: exponentials in the main loops, per unit.
         waits: instructions in the main loops that wait for matrix products.
-        products: number of matrix products in the main loops, counted in TTGIR, Triton's intermediate code for GPUs.
+        products: number of matrix products in the main loops, counted in TTGIR, Triton's GPU intermediate representation.
         multiply_adds: multiply-adds in the main loops, per unit.
-        cycles: cycles for which the main loops occupy each unit of a multiprocessor, per 1,000 logits or values.
-        bound: the unit of a multiprocessor with the most cycles.
+        cycles: cycles for which the main loops occupy each pipe of a multiprocessor, per 1,000 logits or values.
+        bound: the pipe with the most cycles.
         matrix: matrix instructions in the whole program.
-        loads, stores: accesses to global memory, as "bits per thread:number of instructions".
+        loads, stores: instructions that access global memory, as "bits per thread:number of instructions".
         uses: the calls that launch the kernel, as "op direction slots,slots; ...".
         sections: see counting.Section.
         source: hash of the code of the kernel (see sources.py).

@@ -1,6 +1,6 @@
-"""The minimum cost of a call: its arithmetic, its memory traffic and its launches.
+"""The minimum cost of a call: its operations, its memory traffic and its launches.
 
-The arithmetic is stated in the OpSpec. The memory traffic is the total size of the inputs and outputs of the registered
+The OpSpec states the number of operations. The memory traffic is the total size of the inputs and outputs of the torch.library
 operators in the call. No result is computed, and no GPU is needed. The call runs on meta tensors, and its launches are counted
 instead of executed.
 """
@@ -45,7 +45,7 @@ class _Count(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function.namespace == "vix_kernels":
-            with self:  # torch kernels inside an operator also count
+            with self:  # PyTorch's kernels inside an operator also count
                 out = operators[function._schema.name.split("::")[1]].implementation(*args)
             touched = {id(x): x for x in (*args, *tree_leaves(out)) if isinstance(x, Tensor)}
             # A tensor that is passed twice counts once. The repeated elements of an expanded tensor also count once.

@@ -1,8 +1,8 @@
-"""Count the instructions in a kernel's machine code, per logit and by the unit of the GPU that executes them.
+"""Count the instructions in a kernel's machine code, per logit and by pipe (an execution unit of a multiprocessor).
 
-The loops of the machine code (SASS) are matched with the loops of TTGIR (ttgir.py), which show how many logits an iteration
-computes and how often the loop runs. Main loops are the innermost loops with matrix instructions. If some of them have logits,
-only these are counted.
+The loops of the machine code (SASS) are matched with the loops of TTGIR (ttgir.py), which show the number of logits per
+iteration and the number of iterations. Main loops are the innermost loops with matrix instructions. If any of them compute
+logits, the other loops are not counted.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from .machine_code import MATRIX, Instruction, access_bits
 from .ttgir import Loop
 
 LANES = 32
-# Instructions by the unit that executes them. Every instruction takes an issue slot. Matrix instructions use the tensor unit.
-# Instructions that are not listed use no other unit.
+# Instructions by pipe. Every instruction also takes an issue slot. Matrix instructions use the `tensor` pipe. Instructions that
+# are not listed take only an issue slot.
 FMA = {"FADD", "FMUL", "FFMA", "IMAD", "HFMA2", "HADD2", "HMUL2", "FADD2", "FMUL2", "FFMA2"}
 ALU = {
     "F2FP", "FMNMX", "FMNMX3", "FSEL", "FSET", "FSETP", "HSETP2", "I2FP", "IABS", "IADD", "IADD3", "IMNMX", "ISETP", "LEA",
     "LOP3", "MOV", "PLOP3", "PRMT", "SEL", "SGXT", "SHF", "VIADD", "VIADDMNMX", "VIMNMX", "VIMNMX3",
 }  # fmt: skip
-EXP = {"MUFU", "F2F", "F2I", "I2F", "FRND"}  # conversions run on the same unit as exponentials
+EXP = {"MUFU", "F2F", "F2I", "I2F", "FRND"}  # conversions use the same pipe as exponentials
 SHARED = {"LDS", "STS", "LDSM", "STSM", "ATOMS"}
 GLOBAL = {"LDG", "STG", "LDGSTS", "LDL", "STL"}
 ENDS = {"EXIT", "RET", "BRX", "JMX"}
@@ -32,7 +32,7 @@ PIPES = ("issue", "fma", "alu", "exp", "tensor", "shared", "global")
 
 @dataclass(frozen=True)
 class Rates:
-    """Throughput of one multiprocessor per clock cycle: lanes, or multiply-adds (tensor), or bytes (shared, global_)."""
+    """Throughput of one multiprocessor per clock cycle, in lanes, multiply-adds (`tensor`) or bytes (`shared`, `global_`)."""
 
     fma: int
     tensor: int
@@ -57,7 +57,9 @@ RATES = {
 
 @dataclass(frozen=True)
 class Counts:
-    """Work of one warp: instructions by unit, 16-bit multiply-adds (`tensor`; TF32 counts twice), and bytes per lane."""
+    """Work of one warp by pipe: 16-bit multiply-adds for `tensor` (TF32 counts twice), bytes per lane for `shared` and
+    `global_`, and instructions for the other pipes.
+    """
 
     issue: int = 0
     fma: int = 0
@@ -68,7 +70,7 @@ class Counts:
     global_: int = 0
 
     def cycles(self, warps: int, arch: str) -> dict[str, float]:
-        """Return the cycles for which `warps` warps occupy each unit of a multiprocessor."""
+        """Return the cycles for which `warps` warps occupy each pipe of a multiprocessor."""
         lanes = {name: 1 if name == "tensor" else LANES for name in PIPES}
         return {
             name: getattr(self, each.name) * lanes[name] * warps / getattr(RATES[arch], each.name)
@@ -78,7 +80,10 @@ class Counts:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a program and its work per execution. `trips` is an expression for how often it runs."""
+    """The body of a loop, or of the whole program, without its inner loops.
+
+    `counts` is the work of one warp per execution. `trips` is an expression for the number of executions.
+    """
 
     trips: str
     counts: Counts
@@ -94,7 +99,7 @@ class Section:
 
 @dataclass(eq=False)
 class MachineLoop:
-    """A loop of the machine code. `code` excludes the loops inside it. `matched` is the corresponding loop of TTGIR, if any."""
+    """A loop of the machine code. `code` excludes its inner loops. `matched` is the corresponding TTGIR loop, if any."""
 
     code: list[Instruction]
     children: list[MachineLoop] = field(default_factory=list)
@@ -124,8 +129,8 @@ def is_product(instruction: Instruction) -> bool:
 def loops(code: Sequence[Instruction]) -> MachineLoop:
     """Return the whole program as a MachineLoop that contains its loops.
 
-    Only natural loops count, in which a branch goes back to a block that dominates it. Code that the compiler moved to the end
-    of the program, and that jumps back, is not a loop. Code that is never reached, such as padding, is ignored.
+    Only natural loops count: loops in which a branch goes back to a block that dominates it. Code that the compiler moved to
+    the end of the program, and that jumps back, is not a loop. Code that is never reached, such as padding, is ignored.
     """
     starts, successors = blocks(code)
     reached = dominators(successors)
@@ -215,7 +220,7 @@ def waits_for_barrier(code: list[Instruction]) -> bool:
 
 
 def match(machine: MachineLoop, loop: Loop) -> None:
-    """Match each loop of the machine code with a loop of TTGIR. The order is the same, but ptxas unrolls some loops."""
+    """Match each loop of the machine code with a TTGIR loop. The loops are in the same order, but ptxas may unroll some."""
     pairs = align(machine.children, loop.children)
     if pairs is None:  # align only the loops with products, because ptxas may split the other loops
         ours, sources = ([each for each in inner if each.multiplies] for inner in (machine.children, loop.children))
@@ -243,17 +248,17 @@ def align(ours: list[MachineLoop], sources: list[Loop]) -> list[tuple[MachineLoo
 class Analysis:
     """Results of the analysis of a kernel's machine code.
 
-    Numbers of the main loops are per `unit`, except `waits` and `products`. If `unit` is "", they are all 0 or empty.
+    Values for the main loops are per `unit`, except `waits` and `products`. If `unit` is "", they are all 0 or empty.
 
     Attributes:
-        unit: "logit", or "value" if no main loop has logits (see ttgir.Loop). "" if there is no main loop, or if no main loop
-            has logits and at least one has no match in TTGIR.
+        unit: "logit", or "value" if no main loop computes logits (see ttgir.Loop). "" if there is no main loop, or if no main
+            loop computes logits and at least one has no match in TTGIR.
         instructions: instructions of all lanes in the main loops.
         exponentials: exponentials of all lanes in the main loops.
         waits: number of instructions in the main loops that wait for matrix products.
         products: number of matrix products in the main loops, counted in TTGIR.
         multiply_adds: multiply-adds in the main loops.
-        cycles: cycles for which the main loops occupy each unit of a multiprocessor, by name in PIPES.
+        cycles: cycles for which the main loops occupy each pipe of a multiprocessor, by name in PIPES.
         sections: the whole program, split at its loops, for predictions.
     """
 
@@ -335,7 +340,7 @@ def work_of(opcode: str, disabled: bool) -> Counts:
 
 
 def multiply_adds(kind: str, modifiers: list[str]) -> int:
-    """Return the multiply-adds of one warp. The four warps of a group execute one HGMMA together."""
+    """Return the multiply-adds of one warp in an instruction. The four warps of a group execute one HGMMA together."""
     factor = 2 if "TF32" in modifiers else 1
     if kind == "HGMMA":
         rows, columns, depth = map(int, next(each for each in modifiers if "x" in each).split("x"))

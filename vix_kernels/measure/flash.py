@@ -83,7 +83,7 @@ def flash_forward_kernel(
 
 
 def flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
-    """Compute softmax attention. q, k and v are contiguous (batch, heads, N, D). N must be a multiple of the tile sizes."""
+    """Return the softmax attention of contiguous q, k and v (batch, heads, N, D). N must be a multiple of the tile sizes."""
     batch, heads, tokens, width = q.shape
     out, lse = torch.empty_like(q), q.new_empty(batch, heads, tokens, dtype=torch.float32)
     block_m, block_n = min(128, tokens), 64

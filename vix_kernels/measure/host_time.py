@@ -2,7 +2,7 @@
 
 examples:
   vix dev host-time                                every operator, in microseconds and relative to two small calls (see below)
-  vix dev host-time performer_attention --profile  one operator, and the fraction of the time that each step takes
+  vix dev host-time performer_attention --profile  one operator, and the fraction of its time in each step, such as autograd
 
 At small sizes, an eager call takes as long as its host time. The operators run on CPU tensors as they would on an H100, but
 no kernel runs: Triton's launcher calls a stub instead of the CUDA driver. Building the launcher and the stub needs a C
@@ -49,7 +49,7 @@ STUB = Path(__file__).with_name("stub_driver.c")
 ARCH = "sm_90"
 CASE = Case("host", batch=1, heads=2, tokens=128, width=64, features=64)
 DIRECTIONS = ("forward", "both")
-# Maps a part of a file name to a step of the profile. The first match counts. C functions are matched by their names instead.
+# Maps a part of a file name to a step of the profile. The first match counts. C functions are matched by name instead.
 STEPS = {
     "vix_kernels/ops": "checks",
     "vix_kernels/backends": "checks",
@@ -90,7 +90,7 @@ class Row:
 
 
 class Empty(torch.autograd.Function):
-    """Take eight tensors and return one of them."""
+    """A function that receives eight tensors and returns a view of the first one."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def both_of(call: Callable[[], Any], wanted: tuple[Tensor, ...]) -> Callable[[],
 
 
 def operator_calls(spec: OpSpec) -> dict[str, Callable[[], Any]]:
-    """Return two calls of an operator on small CPU tensors in bfloat16: "forward", and "both" for forward and backward."""
+    """Return two calls to an operator on small CPU tensors in bfloat16: "forward", and "both" for forward and backward."""
     problem = draw(spec, spec.fit(CASE), torch.bfloat16, "cpu")
 
     def call() -> Any:
@@ -153,7 +153,7 @@ def operator_calls(spec: OpSpec) -> dict[str, Callable[[], Any]]:
 
 @contextmanager
 def launches(launcher: str) -> Iterator[None]:
-    """Let operators run on CPU tensors. If `launcher` is "none", launches are skipped. Otherwise, they call the stub driver."""
+    """Let operators run on CPU tensors. If `launcher` is "none", skip launches. Otherwise, let them call the stub driver."""
     from .._triton import compiled
 
     nothing = compiled.Compiled(None, lambda *args: None, None, None, ())
@@ -204,7 +204,7 @@ def measure(ops: list[str], launchers: list[str], rounds: int, seconds: float) -
 
 
 def profile(op: str, launcher: str, calls: int = 300) -> dict[str, float]:
-    """Return the fraction of the host time of forward and backward that each step takes.
+    """Return the fraction of the host time of forward and backward in each step, such as "autograd" (see STEPS).
 
     The overhead of the profiler makes short functions appear slower.
     """
@@ -246,9 +246,9 @@ def c_compiler() -> str | None:
 
 
 def build_stub(folder: str) -> dict[str, str]:
-    """Compile the stub driver into `folder`. Return environment variables that make Triton find only this driver.
+    """Compile the stub driver into `folder`, and return environment variables that make Triton find only this driver.
 
-    Returns an empty dict if there is no C compiler.
+    If there is no C compiler, return an empty dict.
     """
     compiler = c_compiler()
     if compiler is None:

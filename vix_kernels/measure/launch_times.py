@@ -1,9 +1,9 @@
 """Predict how long each launch of a public call takes, from the machine code of its kernel.
 
-The prediction is the longest of these times: the time to transfer each argument to or from memory once; for each unit of the
-multiprocessors, the time in which it executes its instructions; and LAUNCH, the time between successive kernels. The prediction
-assumes that all of these overlap perfectly, that latencies are hidden, and that all programs take equally long. flash.py
-compares such predictions with published times.
+The prediction is the longest of these times: the time to transfer each argument to or from memory once; for each pipe
+(execution unit) of the multiprocessors, the time to execute its instructions; and LAUNCH, the time between successive kernels.
+The prediction assumes that all of these overlap perfectly, that latencies are hidden, and that all programs take equally long.
+flash.py compares such predictions with published times.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ TABLE = Path(__file__).with_name("compile_report.csv")
 class Time:
     """Predicted time of a launch.
 
-    `bound` names the longest of the compared times: "memory", "launch" or a unit in counting.PIPES. `complete` is False if the
-    kernel has loops of unknown length, which count as if they ran once.
+    `bound` names the longest of the compared times: "memory", "launch" or a pipe in counting.PIPES. `complete` is False if the
+    trip count of a loop is unknown. Such a loop counts as one iteration.
     """
 
     kernel: str
@@ -50,9 +50,9 @@ def predict(launch: Launch, parts: Iterable[Section], warps: int, gpu: Device) -
 
 
 def call_times(spec: OpSpec, case: Case, dtype: str, gpu: Device, known: Mapping[str, Row]) -> Iterator[tuple[str, Time]]:
-    """Yield the direction and the predicted time of each launch of a call. PyTorch's launches are combined into one Time.
+    """Yield the direction and the predicted time of each launch of a call.
 
-    Kernels whose keys are not in `known` are compiled.
+    PyTorch's launches in a direction are combined into one Time. Kernels whose keys are not in `known` are compiled.
 
     Raises:
         RuntimeError: a kernel does not compile.
@@ -66,7 +66,7 @@ def call_times(spec: OpSpec, case: Case, dtype: str, gpu: Device, known: Mapping
 
 
 def committed() -> dict[str, Row]:
-    """Return the rows of the committed table by their keys."""
+    """Return the rows of the committed table, indexed by key."""
     return {row.key: row for row in read_csv(TABLE, Row)}
 
 

@@ -46,7 +46,7 @@ STORES = {"STG", "UTMASTG"}
 
 
 class Instruction(NamedTuple):
-    """An instruction of NVIDIA's machine code. `target` is the address to which a branch jumps."""
+    """An instruction of NVIDIA machine code (SASS). `target` is the address to which a branch jumps."""
 
     address: int
     guard: str  # the predicate that must be true, such as "@!P0", or ""
@@ -83,7 +83,7 @@ def parse(address: str, guard: str, opcode: str, rest: str) -> Instruction:
 
 
 def read_cubins(arch: int, cubins: list[bytes]) -> list[Resources]:
-    """Return the resources of cubins. The NVIDIA tools in the Triton wheel read them."""
+    """Return the resources of each cubin, using the NVIDIA tools in the Triton wheel."""
     codes = disassemble(arch, cubins)
     return [count_sass(code, usage(cubin)) for code, cubin in zip(codes, cubins, strict=True)]
 
@@ -122,7 +122,7 @@ def count_sass(code: list[Instruction], usage: dict[str, str]) -> Resources:
 
 
 def matrix_instruction(kind: str, modifiers: list[str]) -> str:
-    """Return the opcode of a matrix instruction with only those modifiers that state its shape or TF32."""
+    """Return the opcode of a matrix instruction, without modifiers other than its shape and TF32."""
     return ".".join([kind, *(each for each in modifiers if each[0].isdigit()), *(["TF32"] if "TF32" in modifiers else [])])
 
 

@@ -1,8 +1,8 @@
-"""`vix bench --models`: inference and training steps of the models, compared with their originals.
+"""`vix bench --models`: inference and training steps of the models, compared with their original implementations.
 
-If the vision_xformer 0.2.0 wheel is installed, the originals ViL, ViP, ViN and FNet come from it. All other originals are the
-published models in plain PyTorch ("plain form"), as built by `from_original`. The original training scripts apply autocast only
-to the loss, so they train in float32. In the bf16 rows, the forward pass of the original also runs under autocast. Dropout
+If the vision_xformer 0.2.0 wheel is installed, the originals of ViL, ViP, ViN and FNet come from it. All other originals are
+the published models in plain PyTorch ("plain form"), as built by `from_original`. The original training scripts apply autocast
+only to the loss, so they train in float32. In the bf16 rows, the forward pass of the original also runs under autocast. Dropout
 rates are those of the published configurations.
 """
 
@@ -65,7 +65,7 @@ class Pair(NamedTuple):
 HEADS = dict(heads=4, dim_head=32)
 DROP, DROPOUT = dict(proj_drop_rate=0.25), dict(dropout=0.25)
 # The arguments `ours` make both models of a pair do the same work. The original CCT, CCN and CCP always have an MLP ratio of 4,
-# and the original LeViN and LeViP have no position encoding. levit and cvt have no originals.
+# and the original LeViN and LeViP have no position embeddings. levit and cvt have no originals.
 PAIRS = {
     "vit": Pair({}, "ViT", VIX | HEADS),
     "vil": Pair(DROP, "ViL", VIX | HEADS | DROPOUT, wheel=True),
@@ -86,8 +86,8 @@ PAIRS = {
     "ccp": Pair(dict(mlp_ratio=4.0), "CCP", CCT),
     "fnet_2d": Pair({}, "wheel_FNet2D", dict(num_classes=10, dim=128, depth=5, mlp_dim=256)),
 }
-# A form is a provider and a dtype. The provider "ours" is this library's model, "compiled" is the same with torch.compile, and
-# "plain" is the same with backend="reference".
+# A form is a provider and a dtype. The provider "ours" is this library's model, "compiled" is this model with torch.compile,
+# "plain" is this model with backend="reference", and "original" is the original implementation.
 FORMS = {
     "cpu": (("ours", "fp32"), ("ours", "bf16"), ("original", "fp32"), ("original", "bf16")),
     "cuda": (("ours", "bf16"), ("compiled", "bf16"), ("original", "fp32"), ("original", "bf16")),
@@ -106,7 +106,7 @@ def original_of(name: str) -> str:
 
 
 def make(name: str, provider: str, arguments: dict[str, Any], device: str) -> nn.Module:
-    """Build the model of a provider. `arguments` override the published arguments.
+    """Return the model of a provider on `device`. `arguments` override the published arguments.
 
     Raises:
         Unavailable: the provider is "original", and there is no original or `arguments` are given.
@@ -128,9 +128,9 @@ def make(name: str, provider: str, arguments: dict[str, Any], device: str) -> nn
 def measure(
     name: str, forms: Sequence[Form], device: str, *, batch: int, rounds: int, arguments: dict[str, Any] | None = None
 ) -> list[Row]:
-    """Measure inference and a training step (forward, loss, backward, AdamW) of one model in each form (provider, dtype).
+    """Return rows for inference and a training step (forward, loss, backward, AdamW) of one model for each (provider, dtype).
 
-    All steps use the same batch of noise. The training row is "failed" if the loss in the last step is not finite.
+    All steps use the same batch of random images. The training row is "failed" if the loss in the last step is not finite.
     """
     arguments = arguments or {}
     ours = create_model(name, **arguments)

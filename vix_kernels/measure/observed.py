@@ -73,7 +73,7 @@ class Launch:
 
 @contextmanager
 def observed(arch: str) -> Iterator[list[Launch]]:
-    """Collect the launches inside the block. Nothing is compiled or run."""
+    """Yield a list of the launches inside the block. Nothing is compiled or run."""
     launches: list[Launch] = []
 
     def observe(kernel: Any, grid: tuple[int, ...], args: tuple, meta: dict[str, Any]) -> None:
@@ -153,7 +153,7 @@ class Use:
 
 
 def calls(spec: OpSpec, width: int, dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
-    """Yield the calls of an operator in the compile report, each as its name in the table and a case with its sizes."""
+    """For each call to an operator in the compile report, yield its name in the table and a case with its sizes."""
     cases = list(spec.compiled + spec.variants)
     for case in spec.compiled[:1]:
         if any(each.masked for each in spec.cases):
@@ -173,7 +173,7 @@ def calls(spec: OpSpec, width: int, dtype: torch.dtype) -> Iterator[tuple[str, C
 
 
 def observe_call(spec: OpSpec, case: Case, dtype: torch.dtype, arch: str) -> Iterator[tuple[str, list[Launch], int]]:
-    """Yield the direction, the launches by this library and the number of launches by PyTorch, for forward and backward."""
+    """For each direction, yield its name, the launches by this library, and the number of launches by PyTorch."""
     problem = draw(spec, case, dtype, "meta")
     outputs: Any = ()
     for direction in ("forward", "backward"):
@@ -198,7 +198,7 @@ class Cell:
 
 
 def observe_cell(arch: str, dtype: str, width: int, ops: tuple[str, ...]) -> Cell:
-    """Observe all calls of `ops` for one cell of the compile report."""
+    """Observe all calls to `ops` for one cell of the compile report."""
     cell = Cell()
     for spec in (SPECS[op] for op in ops):
         for name, case in calls(spec, width, DTYPES[dtype]):

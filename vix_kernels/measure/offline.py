@@ -35,7 +35,7 @@ from .machine_code import Resources
 
 @dataclass(frozen=True)
 class CompiledLaunch:
-    """One specialization of a kernel, and how often it was launched."""
+    """One specialization of a kernel, and its number of launches."""
 
     kernel: str
     target: str
@@ -92,7 +92,7 @@ def target(name: str) -> Iterator[list[CompiledLaunch]]:
 
 @contextmanager
 def capture(name: str) -> Iterator[list[Any]]:
-    """Compile each launch inside the block for the target `name`, and collect the compiled kernels, one per launch."""
+    """Compile each launch inside the block for the target `name`. Yield the list of compiled kernels, one per launch."""
     if name not in TARGETS:
         raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {name!r}")
     binaries: list[Any] = []

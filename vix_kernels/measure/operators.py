@@ -1,4 +1,4 @@
-"""Measure all providers of one operator at one size: check their results, then time them.
+"""Measure all providers (implementations) of one operator at one size: check their results, then time them.
 
 A row is a dictionary. Its "status" is "ok", "failed" (this library raised an error or returned wrong results) or "skipped"
 (the provider was not measured). Failed and skipped rows state the reason in "why". Only "ok" rows have times.
@@ -33,7 +33,7 @@ from .timing import DeviceTime, device_time, in_turns, wall_time
 
 Row = dict[str, Any]
 DIRECTIONS = ("forward", "full", "backward")  # full: forward and backward together; backward: full minus forward
-# Default dtype and sizes. The budgets in bench/table.py are for the CPU defaults, except that most are for 4,096 tokens.
+# Default dtype and sizes. The targets in bench/table.py apply to the CPU defaults, but most of them to 4,096 tokens.
 USUAL_DTYPE = {"cpu": "fp32", "cuda": "bf16"}
 USUAL = {
     "cpu": Case("usual", batch=2, heads=4, tokens=1024, width=64, features=256, taps=33),
@@ -97,9 +97,9 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def alone(device: str, lost: Callable[[str], Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call function(*args, **kwargs) in a separate process, where earlier measurements do not affect it.
+    """Call function(*args, **kwargs) in a separate process, where earlier measurements do not affect it. Return the result.
 
-    On a CPU, one operator can leave the memory allocator in a state that changes the times of the next operator by up to 50 %.
+    On a CPU, one operator can leave the memory allocator in a state that changes the times of the next operator by up to 50%.
     GPU times are not affected, so on a GPU the function is called in this process. It is also called in this process on systems
     that cannot fork. If the system kills the separate process, for example because memory runs out, return `lost(why)`.
     """
@@ -166,7 +166,7 @@ def sizes(op: str, case: Case, dtype: str, device: str) -> Row:
 
 
 def draw_problem(op: str, case: Case, dtype: str, device: str) -> Problem:
-    """Draw a problem with normally distributed inputs, random features that are not trained, and the usual scale and eps."""
+    """Return a problem with normally distributed inputs, random features without gradients, scale=width**-0.5 and eps=1e-6."""
     torch.manual_seed(0)
     problem = draw(SPECS[op], case, DTYPES[dtype], device)
     usual = {"scale": case.width**-0.5, "eps": 1e-6}
@@ -292,11 +292,11 @@ class Race:
         return Result(ok(**label, **figures), time.samples)
 
     def work(self, direction: str) -> Cost:
-        """Return the minimum work of the operator. It assumes that a pass reads every input and writes every result once."""
+        """Return the minimum work, assuming that forward and backward passes read each input and write each result once."""
         spec, inputs = self.problem.spec, list(self.problem.tensors.values())
         outputs = self.truth.batch * sum(x.nbytes for x in self.truth.plain[0])
         moved, flops, exps = sum(map(_bytes, inputs)) + outputs, spec.flops(self.case), spec.exps(self.case)
-        if direction == "full":  # the backward computes the same exponentials again
+        if direction == "full":  # the backward pass computes the same exponentials again
             moved = 2 * moved + sum(_bytes(x) for x in inputs if x.requires_grad)
             flops, exps = round((1 + spec.backward) * flops), 2 * exps
         return Cost(flops, exps, moved, 0)

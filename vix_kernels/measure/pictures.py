@@ -27,8 +27,7 @@ def draw(folder: Path, rows: Iterable[Row], sweep: str, formats: Iterable[str] =
     """Write a figure OP_DTYPE.EXTENSION for every operator and dtype to `folder`, with a line per provider.
 
     For every dtype, also write all_DTYPE.EXTENSION, with a line per operator and one for SDPA. This figure is skipped if it
-    would have fewer than three lines.
-    `sweep` is the name of the column on the horizontal axis, such as "tokens".
+    would have fewer than three lines. `sweep` is the name of the column on the horizontal axis, such as "tokens".
     """
     timed = [row for row in rows if row["status"] == "ok" and row.get("device_ms") is not None]
     figures = {}
@@ -51,7 +50,7 @@ def draw(folder: Path, rows: Iterable[Row], sweep: str, formats: Iterable[str] =
 
 
 def _figure(title: str, curves: Mapping[str, list[Row]], sweep: str, looks: Mapping[str, dict[str, Any]]) -> Any:
-    """Draw a panel per direction and a panel for memory, all with logarithmic axes. `curves` maps names to rows."""
+    """Return a figure with a panel per direction and one for memory, all with logarithmic axes. `curves` maps names to rows."""
     from matplotlib.figure import Figure
 
     rows = [row for curve in curves.values() for row in curve]

@@ -1,8 +1,8 @@
-"""Providers of an operator: this library's backends, plain and compiled PyTorch, and peers.
+"""Providers of an operator: this library's backends, its plain PyTorch reference (eager and compiled), and peers.
 
-A peer is a function from a different package, or plain PyTorch code, that is compared with the operator. Most peers compute
-the same result, up to small differences. The docstrings below describe the exceptions, such as softmax attention. The linear
-layers of peers are replaced by identities, so every provider computes only the attention.
+A peer is a function from another package, or PyTorch code as in published models, that is compared with the operator. Peers
+compute the same result, up to small differences, unless their docstrings below say otherwise. For example, one peer is softmax
+attention. The linear layers of peers are replaced by identities, because the operator does not include them.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ class Contender:
         leaves: the input tensors, in the layout of the provider. Those whose gradients are measured require gradients.
         exact: function that computes the expected outputs from the problem in float64. The default is the reference.
         shown: function that selects the outputs to check, and converts them to the layout of `exact`.
-        tolerance: allowed relative error of float32 outputs, compared with `exact`. For 16-bit outputs, more is allowed.
-            None: the allowed error is a few times the sum of plain PyTorch's error and the rounding error of the dtype.
+        tolerance: allowed relative error of float32 outputs, compared with `exact`. For 16-bit outputs, 16 times the eps of the
+            dtype is added. If it is None, the allowed error is 4 times the sum of this eps and the error of the reference in
+            the dtype of the problem.
     """
 
     function: Callable[..., Any]
@@ -52,7 +53,7 @@ class Unavailable(Exception):
 
 
 def enter(provider: str, problem: Problem) -> Contender:
-    """Set up `provider` to run on `problem`.
+    """Return a Contender that runs `provider` on `problem`.
 
     Raises:
         Unavailable: the package of the provider is not installed, or the provider needs a GPU.
@@ -83,13 +84,13 @@ def providers(op: str, device: str) -> list[str]:
 
 
 def peers(op: str) -> dict[str, tuple[str, Maker]]:
-    """Map the name of each peer of `op` to the module that must be importable and the function that makes the contender."""
+    """Map the name of each peer of `op` to the module that must be importable and the function that makes the Contender."""
     softmax = {"sdpa": ("torch", sdpa)} if SPECS[op].attends else {}
     return softmax | PEERS.get(op, {})
 
 
 def public() -> list[str]:
-    """Return the names of the public operators. All other operators in SPECS are primitives and variants."""
+    """Return the names of the public operators. SPECS also contains the primitives (vix_kernels.primitives) and variants."""
     return [name for name, spec in SPECS.items() if spec.public]
 
 
@@ -236,9 +237,9 @@ def _leaf(x: Tensor) -> Tensor:
 
 
 def _autocast(peer: Callable[..., Tensor], like: Tensor) -> Callable[..., Tensor]:
-    """Return a version of `peer` that runs under autocast if `like` has a 16-bit dtype.
+    """Return a function that calls `peer`, under autocast if `like` has a 16-bit dtype.
 
-    If its parameters were cast to 16 bits instead, the peer would fail or would no longer compute sums in float32.
+    If the parameters were cast to 16 bits instead, the peer would fail or would no longer compute sums in float32.
     """
     enabled = like.dtype != torch.float32
 

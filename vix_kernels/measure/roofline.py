@@ -7,16 +7,16 @@ examples:
   vix dev roofline --csv roofline.csv --plot roofline.png
 
 With OP and --shape, the prediction for each launch is the longest of these times: bytes divided by memory bandwidth, the
-instructions of its kernel divided by the rate of the unit that executes them, and the time between two kernels. The counts
-come from the committed table of `vix dev compile-report`. Kernels that are not in this table are compiled. --calibrate compares
-such predictions with published times.
+instructions of its kernel divided by the rate of the unit that executes them, and the time between two kernels. The instruction
+counts come from the committed table of `vix dev compile-report`. Kernels that are not in this table are compiled. --calibrate
+compares such predictions with published times.
 
-Without OP, the table shows the minimum time of every operator, computed from published peak rates. gflop, mexp and mbyte are
-the minimum work of a call (10^9 operations, 10^6 exponentials, 10^6 bytes). predicted_us is the longest of four times: bytes
-divided by memory bandwidth, operations divided by the rate of the matrix units, exponentials divided by the rate of the
-special-function units, and the time of all launches one after another. bound_by names the longest one. measured_us comes from
-the newest run of bench/on_gpu.sh in the results folder that measured the shape. It is empty if there is no such run. The
-prediction is a lower bound, not the time that a call takes.
+Without OP, a table shows the minimum time of all operators, or of those in --op, computed from published peak rates. gflop,
+mexp and mbyte are the minimum work of a call (10^9 operations, 10^6 exponentials, 10^6 bytes). predicted_us is the longest of
+four times: bytes divided by memory bandwidth, operations divided by the rate of the matrix units, exponentials divided by the
+rate of the special-function units, and the time of all launches one after another. bound_by names the longest one. measured_us
+comes from the newest run of bench/on_gpu.sh in the results folder that measured the shape. It is empty if there is no such run.
+The prediction is a lower bound, not the time that a call takes.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Device:
     exps: float
 
     def flops(self, dtype: str) -> float:
-        """Return the FLOP/s for products of `dtype`. Exact float32 uses three TensorFloat32 products if that is faster."""
+        """Return the peak FLOP/s of products in `dtype`. A float32 product uses three TF32 products if these are faster."""
         return self.matrix if dtype != "fp32" else max(self.tf32 / 3, self.float32)
 
 
@@ -80,7 +80,7 @@ GPUS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. Times are in microseconds; `measured_us` is None if no results file contains the shape."""
+    """One line of the table. Times are in microseconds. `measured_us` is None if no results file contains the shape."""
 
     op: str
     direction: str
@@ -105,7 +105,7 @@ COLUMNS = [each.name for each in fields(Row)]
 
 @dataclass(frozen=True)
 class Cost:
-    """The minimum work that a call of an operator requires.
+    """The minimum work that a call to an operator requires.
 
     Attributes:
         flops: floating-point operations of the matrix products, in the dtype of the tokens. A multiply-add counts as two.
@@ -217,7 +217,7 @@ def plot(path: Path, table: list[Row], format: str) -> None:
 
 
 def shape(text: str) -> Case:
-    """Parse the argument of --shape."""
+    """Parse "B,H,N,D" or "B,H,N,D,M", the argument of --shape, and return a Case."""
     sizes = [int(each) if each.isdecimal() else 0 for each in text.split(",")]
     if len(sizes) not in (4, 5) or 0 in sizes:
         raise argparse.ArgumentTypeError(f"expected B,H,N,D or B,H,N,D,M, got {text!r}")

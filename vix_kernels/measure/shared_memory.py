@@ -2,8 +2,8 @@
 
 `vix dev compile-report --shared` checks the table. Triton allocates shared memory before it generates machine code. Each
 compilation stops after the allocation, so it takes a third of the time of a full compilation. Every entry can therefore be
-measured in all its variants: RoPE in both layouts, trained and pooled slots, masks, and the residual convolution. A row
-contains the maximum over the variants.
+measured in all its variants: RoPE in both layouts, random features with gradients, landmarks, masks, and the residual
+convolution. A row contains the maximum over the variants.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .tune import DTYPES, lookups
 COMMITTED = Path(__file__).with_name("shared_memory.csv")
 BATCH, HEADS, TOKENS = 2, 4, 1024
 SIZE = attrgetter("bits", "width")
-# Maps a GPU to the GPU for which its kernels are compiled here. Triton chooses the same layouts and pipelines for both.
+# Maps an architecture to the one that is measured instead. Triton chooses the same layouts and pipelines for both.
 GENERATION = {"sm_80": "sm_86", "sm_89": "sm_86"}
 
 
@@ -92,9 +92,8 @@ def excesses(rows: Iterable[Row], arch: str) -> list[str]:
 def problems(bits: int, width: int) -> Iterator[Problem]:
     """Yield problems that launch every kernel in all of its variants.
 
-    For some kernels, the launch table has separate entries for gradients of slots, for many slots, and for float16. The first
-    loop launches the entries for gradients of slots and for float16. In the last loop, random features have no gradients, and
-    some problems have many slots.
+    For some kernels, the launch table has separate entries for gradients of slots (such as random features), for many slots,
+    and for float16. The problems cover these entries too.
     """
     variants = dict(), dict(rope="half", masked=True, feature_map="elu"), dict(rope="interleaved")
     case = Case("", BATCH, HEADS, TOKENS, width=width, features=min(width, 128), taps=33, learned=True)
@@ -142,7 +141,10 @@ def allocation_only() -> Iterator[None]:
 
 
 def measure(arch: str, bits: int, width: int, wanted: Iterable[Row]) -> list[Row]:
-    """Measure the entries in `wanted`. All of them must have the given `bits` and `width`."""
+    """Measure the entries in `wanted`, which must all have the given `bits` and `width`, and return their rows.
+
+    Entries that no problem launches are skipped.
+    """
     by_key = {(each.kernel, each.bits, each.width): each for each in wanted}
     most: dict[Row, int] = {}
     seen = set()

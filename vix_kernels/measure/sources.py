@@ -1,7 +1,7 @@
 """Hashes of kernel sources, as stored in the committed tables. If a hash changes, the rows with the old hash are outdated.
 
 A hash covers the code of a kernel and of the device functions and constants it uses, but not their comments and docstrings.
-Launch options are not covered, because the key of a row contains them (observed.py).
+Launch options are not covered, because the key of a row contains them (see observed.py).
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ def table_name(kernel: str) -> str:
 
 @cache
 def code_hash(name: str) -> str:
-    """Hash the kernels that the launch table lists as `name`, together with the device functions and constants they use."""
+    """Return the hash of the kernels that the launch table lists as `name`, and of the code that they use."""
     name = kernel_name(name)
     return hash_of(*(f"{each}_kernel" for each in (name, *LISTED_AS) if table_name(each) == name))
 
 
 def kernel_hash(kernel: Any) -> str:
-    """Hash a kernel together with the device functions and constants it uses. For kernels from outside `_triton`, hash
-    Triton's cache key.
+    """Return the hash of a kernel and of the device functions and constants it uses.
+
+    For a kernel from outside `_triton`, return the hash of Triton's cache key.
     """
     return hash_of(kernel.__name__) if kernel.__name__ in device_code() else short_hash(kernel.cache_key)
 

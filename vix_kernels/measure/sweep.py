@@ -1,4 +1,4 @@
-"""Compare the speed of operators with plain and compiled PyTorch, SDPA and other packages, or of models with their originals.
+"""Benchmark operators against plain and compiled PyTorch, SDPA and other packages, or models against their original code.
 
 examples:
   vix bench                                                      every operator over tokens, forward and full
@@ -7,12 +7,12 @@ examples:
   vix bench --models                                             images/s of every model, inference and training
   vix bench --models "hybrid_*" --batch 32
 
-The results of an operator's provider are checked against float64 before it is timed. A provider that returns wrong results,
-runs out of memory or is not installed gets a row with the reason and no time. bench.csv and bench.json are written to the
-output folder after every size or model, so an interrupted run keeps its results. At the end, the time and memory of operators
-are plotted in one figure per operator (PNG and SVG). If several operators were measured, one more figure compares them. On a
-CPU, times are CPU times of the process. On a GPU, times of operators are device times, and times of models are wall-clock
-times. "full" is forward and backward together; backward is full minus forward.
+A provider is one implementation of an operator. Its results are checked against float64 results before it is timed. A provider
+that returns wrong results, runs out of memory or is not installed gets a row with the reason and no time. bench.csv and
+bench.json are written to the output folder after every size or model, so an interrupted run keeps its results. At the end, the
+time and memory of operators are plotted in one figure per operator (PNG and SVG). If several operators were measured, one more
+figure compares them. On a CPU, times are CPU times of the process. On a GPU, times of operators are device times, and times of
+models are wall-clock times. "full" is forward and backward together; backward is full minus forward.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def save(folder: Path, rows: list[Row]) -> None:
 
 
 def report(rows: list[Row], args: argparse.Namespace) -> None:
-    """Print the results as a table, and the sizes at which this library is faster than SDPA."""
+    """Print the results as a table, then the swept values at which this library is faster than SDPA."""
     if args.models:
         models.report(rows)
         return
@@ -148,7 +148,7 @@ def report(rows: list[Row], args: argparse.Namespace) -> None:
 
 
 def crossings(rows: Iterable[Row], sweep: str) -> Iterator[str]:
-    """Yield a line per operator and direction that states at which values this library is faster than SDPA."""
+    """Yield one line per operator and direction, with the swept values at which this library is faster than SDPA."""
     timed: dict[tuple[str, str], dict[int, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         if row["status"] == "ok":

@@ -156,7 +156,7 @@ class Spoiled(BaseException):
 
 
 def wall_time(function: Callable[[], Any], *, calls: int = 20, rounds: int = 3) -> float:
-    """Return the wall-clock time per call of function() in milliseconds, measured over repeated calls.
+    """Return the wall-clock time per call to function() in milliseconds, measured over repeated calls.
 
     This is approximately the host time or the device time, whichever is longer.
     """

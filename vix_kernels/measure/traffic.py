@@ -1,4 +1,4 @@
-"""Count the global memory traffic of the ops, and compare it with the least possible traffic.
+"""Count the global memory traffic of the ops, and compare it with the minimum.
 
     q, k, v = torch.randn(3, 4, 4, 1024, 32, dtype=torch.bfloat16, requires_grad=True).unbind()
     traffic = measure(performer_attention, q, k, v, orthogonal_projection(110, 32, seed=0), backend="triton")
@@ -11,15 +11,14 @@ launches. The kernels run in Triton's interpreter, and the addresses of their lo
 shared projections and views of one packed tensor are counted correctly. A PyTorch operator counts as a launch that reads its
 operands and writes its result.
 
-The least possible traffic of a forward or backward pass is the number of bytes that it reads from its arguments, plus the
+The minimum traffic of a forward or backward pass is the number of bytes that it reads from its arguments, plus the
 number of bytes of its results. Each byte counts once. The arguments of the forward pass are the tensors that the caller passes.
 The backward pass also has the outputs and their gradients as arguments. All other traffic, such as statistics saved for the
 backward pass, is overhead of the implementation.
 
-Each line of the output is one launch: its total KiB, then the KiB loaded | stored per argument of the kernel. Traffic beyond
-the least possible comes from arguments of the op that appear in several lines, and from intermediates, which are neither
-arguments nor results of the op. Nothing is timed, and no GPU is needed. If other processes use the same CPU cores, the command
-runs fastest with OMP_NUM_THREADS=1.
+Each line of the output is one launch: its total KiB, then the KiB loaded | stored per argument of the kernel. Traffic above
+the minimum comes from arguments of the op that appear in several lines, and from intermediate tensors. Nothing is timed, and no
+GPU is needed. If other processes use the same CPU cores, the command runs fastest with OMP_NUM_THREADS=1.
 
 examples:
   vix dev traffic
@@ -70,7 +69,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Pass:
-    """A forward or backward pass: its launches in order, and the least number of bytes that it must load and store."""
+    """A forward or backward pass: its launches in order, and the minimum number of bytes that it must load and store."""
 
     launches: list[Launch]
     least: int
@@ -90,7 +89,7 @@ class Pass:
                 ", ".join(f"{name} {kib(size)}" for name, size in part.items()) for part in (each.loaded, each.stored)
             )
             lines.append(f"{kib(each.bytes):>10}  {each.kernel}: {moved}")
-        lines.append(f"{kib(self.bytes):>10}  in all, {self.ratio:.3f} of the least, {kib(self.least)}")
+        lines.append(f"{kib(self.bytes):>10}  in all, {self.ratio:.3f} of the minimum, {kib(self.least)}")
         return "\n".join(lines)
 
 
@@ -105,7 +104,7 @@ def kib(size: int) -> str:
 
 
 def measure(function: Callable[..., Any], *args: Any, arch: str = "sm_90", split: bool = True, **kwargs: Any) -> Traffic:
-    """Measure the traffic of function(*args, **kwargs) and of its backward pass.
+    """Return the traffic of function(*args, **kwargs) and of its backward pass.
 
     Args:
         function: an op of this library.
@@ -198,7 +197,7 @@ class Touched:
         return sum(int(np.count_nonzero(each)) for each in self.maps.values())
 
     def by_name(self, named: list[tuple[str, Tensor]]) -> dict[str, int]:
-        """Return the number of bytes of each storage that are in the set.
+        """Return the number of bytes in the set for each storage.
 
         The key of a storage joins the names of its tensors. If a tensor is passed under several names, only the first is used.
         """
@@ -253,7 +252,7 @@ class Meter(TorchDispatchMode):
     def operator(self, schema: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
         """Record a PyTorch operator as one kernel that reads its operands and writes its result. Skip allocations and views.
 
-        Operands that are only overwritten are not read.
+        Operands that are only overwritten do not count as read.
         """
         values = {each.name: value for each, value in zip(schema.arguments, args, strict=False)} | kwargs
         operands = [(name, x) for name, value in values.items() for x in tensors([value])]
@@ -307,7 +306,7 @@ def main(argv: list[str]) -> int:
         about = f"{what} (default: {default})"
         parser.add_argument(f"--{name}", type=within(1, 1 << 20), default=default, metavar="N", help=about)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="dtype of the tokens (default: bf16)")
-    parser.add_argument("--rope", action="store_true", help="also apply RoPE in the attentions")
+    parser.add_argument("--rope", action="store_true", help="also apply RoPE in the attention operators")
     parser.add_argument(
         "--all-gradients", action="store_true", help="also compute gradients of parameters, such as random features"
     )

@@ -30,7 +30,7 @@ SCALAR = INFIX.keys() | CASTS | {"arith.minsi", "arith.maxsi", "arith.cmpi", "ar
 
 @dataclass(frozen=True)
 class Op:
-    """An operation of TTGIR. `loop` is the index in Reader.loops of the innermost loop that contains it, or 0 if none does."""
+    """A TTGIR operation. `loop` is the index in Reader.loops of the innermost loop that contains it, or 0 if none does."""
 
     name: str
     text: str
@@ -80,9 +80,9 @@ class Loop:
         multiply_adds: number of multiply-adds of these products.
         logits: number of elements, per iteration, of the products from which exponentials are computed. If there are no such
             products, the number of elements of the exponentials.
-        values: number of elements per iteration, for loops without logits. If features max(product, 0) are computed, these are
-            the elements of their products. Otherwise, they are the elements of the largest product that is not accumulated over
-            iterations. If there is no such product, they are the elements of the largest operand of a product.
+        values: number of elements per iteration, for loops without logits. For features max(product, 0), these are the elements
+            of the products. Otherwise, they are the elements of the largest product that is not accumulated over iterations. If
+            there is no such product, they are the elements of the largest operand of a product.
     """
 
     trips: str
@@ -98,7 +98,7 @@ class Loop:
 
     @property
     def multiplies(self) -> bool:
-        """Whether this loop or a loop inside it has matrix products."""
+        """Whether this loop or a loop inside it computes matrix products."""
         return bool(self.products) or any(each.multiplies for each in self.children)
 
     def unrolled(self, kept: list[Loop]) -> Loop:
@@ -124,8 +124,8 @@ class Reader:
     def __init__(self, text: str) -> None:
         self.ops: dict[str, Op] = {}  # name of the result -> operation
         self.listed: list[Op] = []
-        self.carried: dict[str, list[str]] = {}  # loop variable -> its initial value, and then the value for the next iteration
-        self.results: dict[str, list[str]] = {}  # loop -> the variables that are its results
+        self.carried: dict[str, list[str]] = {}  # loop-carried value -> initial value and yielded value
+        self.results: dict[str, list[str]] = {}  # loop -> the loop-carried values that it returns
         self.arguments = set(re.findall(r"(%\w+):", next((x for x in text.splitlines() if "tt.func public" in x), "")))
         self.loops = [Loop("1")]
         self.parse(text)
@@ -133,7 +133,7 @@ class Reader:
             self.measure(loop, [op for op in self.listed if op.loop == at])
 
     def parse(self, text: str) -> None:
-        open_blocks: list[tuple[int, int, str, list[str]]] = []  # indentation, loop, condition, loop variables
+        open_blocks: list[tuple[int, int, str, list[str]]] = []  # indentation, loop, condition, loop-carried values
         for raw in text.splitlines():
             line = re.sub(r" loc\(.*$", "", raw.strip())
             indent = len(raw) - len(raw.lstrip())
@@ -179,7 +179,7 @@ class Reader:
         """Return the scalar `name` as an expression of arguments, program ids and grid sizes, with "?" for anything else."""
         op = self.ops.get(name)
         if op is None:
-            return name[1:] if name in self.arguments else "?"  # a name that is not an argument is a loop variable
+            return name[1:] if name in self.arguments else "?"  # other names are induction variables or loop-carried values
         if op.name == "arith.constant":
             value = op.text.split(" ")[1]
             return {"true": "1", "false": "0"}.get(value, value)
@@ -235,7 +235,7 @@ class Reader:
         return frozenset(found)
 
     def before(self, name: str) -> Iterable[str]:
-        """Return the values from which a value is computed. For a loop variable, this is a value of the previous iteration."""
+        """Return the values from which `name` is computed. For a loop-carried value, this is the value that the loop yields."""
         name, _, at = name.partition("#")
         if name in self.carried:
             return self.carried[name][-1:]

@@ -6,9 +6,9 @@ examples:
   vix dev tune --dry-run                           smoke test: one key in Triton's interpreter, with meaningless times
 
 A key is a kernel, an element size in bits and a head width. A tile is a launch configuration. The search starts from the
-present tile of a key and changes one field at a time. It keeps a change if the new tile is faster, and ends when no single
-change gives a faster tile. A tile is rejected ("refused") if the kernel does not launch, if the results differ from the results
-with the present tile, or if the largest number of registers that a kernel spills is larger than with the present tile.
+current tile of a key and changes one field at a time. It keeps a change if the new tile is faster, and ends when no single
+change gives a faster tile. A tile is rejected ("refused" in the output) if the kernel does not launch, if the results differ
+from those of the current tile, or if a launch spills more registers than any launch with the current tile.
 
 The command prints one line per key, then the entries for OVERRIDES in vix_kernels/_triton/launch_table.py. Review the entries,
 add them to that file by hand, and run `vix dev compile-report` before you commit. The output file is rewritten after every key.
@@ -50,8 +50,8 @@ GAIN = 0.98  # a tile is faster if it takes less than this fraction of the best 
 class Proposal:
     """The result for one key.
 
-    `use` names the operator and direction of the timed call, which launches the kernel. Times are in milliseconds. `tried` is
-    the number of tiles that were tried in addition to the present one.
+    `use` names the operator and direction of the timed call, which launches the kernel. `present` is the current tile, and
+    `tried` is the number of other tiles that were tried. Times are in milliseconds.
     """
 
     key: Key
@@ -83,7 +83,7 @@ def trial(key: Key, tile: Tile) -> AbstractContextManager[None]:
 
 @contextmanager
 def lookups() -> Iterator[dict[Key, None]]:
-    """Collect the keys that launches inside the block look up. The latest key comes last."""
+    """Yield a dictionary of the keys that launches inside the block look up. The latest key comes last."""
     asked: dict[Key, None] = {}
 
     def note(key: Key) -> None:
@@ -96,7 +96,7 @@ def lookups() -> Iterator[dict[Key, None]]:
 
 @contextmanager
 def spills() -> Iterator[list[int]]:
-    """Collect the number of spilled registers of each launch inside the block. In the interpreter, the list stays empty."""
+    """Yield a list with the number of registers that each launch inside the block spills. It is empty in the interpreter."""
     counts: list[int] = []
     if interpreted():
         yield counts
@@ -120,8 +120,8 @@ def neighbours(tile: Tile) -> Iterator[Tile]:
     """Yield tiles that differ from `tile` in one field.
 
     A number is halved or doubled (num_stages changes by one), or a bool is flipped. A field that is 0 does not change,
-    because 0 means that the kernel has no such size, or that it keeps no slots or matrices in registers. A string, which states
-    a precision, does not change, because the results would differ.
+    because 0 means that the kernel has no such size, or that it keeps no slots or matrices in registers. The precision, which
+    is a string, does not change, because the results would differ.
     """
     for name, value in tile._asdict().items():
         if isinstance(value, bool):
@@ -169,7 +169,7 @@ class Bench:
 
 
 def tune_key(bench: Bench, arch: str, key: Key, deadline: float) -> Proposal:
-    """Move from the present tile of `key` to faster neighbors, until no neighbor is faster or the deadline has passed."""
+    """Move from the current tile of `key` to faster neighbors, until no neighbor is faster or the deadline has passed."""
     present = present_tile(arch, key)
     with spills() as spilled:
         expected = bench.run()
@@ -190,7 +190,7 @@ def tune_key(bench: Bench, arch: str, key: Key, deadline: float) -> Proposal:
                         if not bench.agrees(expected):
                             raise ValueError("different results")
                     if max(spilled, default=0) > allowed:
-                        raise ValueError(f"spills {max(spilled)} registers, the present tile {allowed}")
+                        raise ValueError(f"spills {max(spilled)} registers, the current tile {allowed}")
                     milliseconds = device_time(bench.run).median
             except Exception as error:  # Triton, the assembler and the driver raise many types of errors
                 found.refused.append(f"{tile}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
@@ -210,13 +210,13 @@ def tune_key(bench: Bench, arch: str, key: Key, deadline: float) -> Proposal:
 
 @lru_cache(maxsize=1)  # keep only one result, because its tensors need a lot of memory
 def users(arch: str, width: int, bits: int, device: str) -> list[tuple[set[Key], Bench]]:
-    """Return a pair for each operator, direction and case: the keys that a Bench looks up, and this Bench.
+    """Return (keys, bench) for each operator, direction and case. `keys` are the keys that `bench` looks up.
 
     Pairs with the fewest keys come first. Sizes are large enough to fill a GPU, but tiny in the interpreter. Operators that do
     not run are reported and skipped.
     """
     size = dict(batch=8, heads=8, tokens=4096) if device == "cuda" else dict(batch=1, heads=1, tokens=20)
-    # Learned slots require gradients, so all kernels run. The launch table has separate entries for more than 128 slots.
+    # With trained random features, all kernels run. The launch table has separate entries for more than 128 slots.
     cases = Case("tune", **size, features=256, learned=True), Case("tune", **size, features=128)
     found = []
     for spec, direction, case in product(SPECS.values(), DIRECTIONS, cases):

@@ -25,10 +25,10 @@ class Agent(PrefixCore):
     The queries are averaged before the rotary embedding is applied to them.
 
     Attributes:
-        num_agents: number of agents for the tokens after the prefix, at most one per token.
+        num_agents: number of agents for the tokens after the prefix, limited to the number of these tokens.
         grid_size: (height, width) of the grid that the tokens after the prefix form. This grid is divided into cells, and each
-            agent is the mean of one cell. None: use the model's grid and prefix. If the model has no grid, use segments of the
-            sequence.
+            agent is the mean of the queries in one cell. If None, the model's grid and prefix are used. If the model has no
+            grid, each agent is the mean of the queries in a segment of the sequence.
         prefix_tokens: number of leading tokens (class and register tokens). Each of them is a separate agent.
     """
 
@@ -81,9 +81,9 @@ class AgentAttention(AttentionModule):
     Agents are means of queries.
 
     Args:
-        num_agents: number of agents for the tokens after the prefix, at most one per token.
+        num_agents: number of agents for the tokens after the prefix, limited to the number of these tokens.
         grid_size: (height, width) of the grid that the tokens after the prefix form. This grid is divided into cells, and each
-            agent is the mean of one cell. None: use segments of the sequence.
+            agent is the mean of the queries in one cell. If None, segments of the sequence are used instead of cells.
         prefix_tokens: number of leading tokens (class and register tokens). Each of them is a separate agent.
 
     For the other arguments, see AttentionModule. The rotary embedding is not applied to agents.

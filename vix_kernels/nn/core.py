@@ -1,9 +1,9 @@
-"""Cores: definitions of attentions, independent of the modules that use them.
+"""Cores: attention methods, independent of the modules that use them.
 
-A core is a frozen dataclass with the options of one attention. It declares the state of the attention, such as parameters, and
-computes the attention. Modules contain a core: for example, the timm-style module in nn/module.py and the attention layers of
-the models in models/ (the "zoo"). These modules accept any core without referring to it by name, so a registered core works in
-all of them:
+A core is a frozen dataclass with the options of one attention method. It declares the state of the method, such as parameters,
+and computes the attention. Modules contain a core: for example, the timm-style module in nn/module.py and the attention layers
+of the models in models/ (the "zoo"). These modules accept any core without referring to it by name, so a registered core works
+in all of them:
 
     @register("efficient")
     @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class SdpaArgs:
-    """Arguments that act on the attention weight of each pair of a query and a key."""
+    """Arguments that act on the attention weight of each query-key pair."""
 
     attn_mask: Tensor | None = None
     dropout: float = 0.0
@@ -59,7 +59,7 @@ class SdpaArgs:
 
 @dataclass(frozen=True)
 class Site:
-    """The place of a core in a model: the heads, the index of the layer, and the layout of the model's tokens."""
+    """Properties of the layer that uses a core: its heads, its index in the model, and the layout of the model's tokens."""
 
     head_dim: int
     num_heads: int
@@ -85,10 +85,10 @@ class Mixer:
 
     Attributes:
         name: the name under which the mixer is registered.
-        prefix_tokens, grid_size: placement of the slots, for mixers whose slots are pooled tokens.
+        prefix_tokens, grid_size: placement of the slots (landmarks or agents), for mixers that pool tokens into slots.
         presets: defaults that override the defaults of the fields. "zoo" applies to models in models/, and "host" applies to
-            models whose attention is replaced.
-        sited: names of options that are derived from the site. Zoo models do not accept them.
+            host models, which are models whose softmax attention is replaced.
+        sited: names of options whose values come from the Site. Models in models/ do not accept these options.
         has_extra_state: whether modules with this mixer have extra state (see extra_state, load_extra_state).
         for_hosts: whether this mixer can replace softmax attention in a host model.
         not_for_hosts: the reason why for_hosts is False, phrased as the end of an error message.
@@ -144,23 +144,23 @@ class Mixer:
     def after_prefix(self: Some, prefix_tokens: int) -> Some:
         """Return this mixer with its slots pooled from the tokens after a prefix of `prefix_tokens` tokens.
 
-        Each token of the prefix is a separate slot. Mixers whose slots are not pooled tokens are returned unchanged.
+        Each token of the prefix is a separate slot. Mixers that do not pool tokens into slots are returned unchanged.
         """
         return self
 
     def in_layer(self: Some, layer: int) -> Some:
-        """Return this mixer adapted to the layer with this index. Random features should differ between layers."""
+        """Return this mixer adapted to the layer with index `layer`. Random features should differ between layers."""
         return self
 
     def on_grid(self: Some, size: tuple[int, int]) -> Some:
         """Return this mixer with its slots placed on a token grid of `size` (rows, columns).
 
-        The number of slots may decrease. Mixers whose slots are not pooled tokens are returned unchanged.
+        The number of slots may decrease. Mixers that do not pool tokens into slots are returned unchanged.
         """
         return self
 
     def describe(self) -> str:
-        """Return a description for reports."""
+        """Return the mixer's name and options as text, for reports."""
         options = ", ".join(f"{name} {getattr(self, name)}" for name in self.options())
         return f"{self.name}{', ' if options else ''}{options}"
 
@@ -180,7 +180,7 @@ class Mixer:
     def mix(
         self, module: nn.Module, x: Tensor, *, num_heads: int, rope: Rope | None, tokens: Tokens, backend: str
     ) -> Tensor:  # fmt: skip
-        """Mix the tokens of x (batch, tokens, dim). The result has the same shape.
+        """Return x (batch, tokens, dim) with its tokens mixed. The result has the same shape.
 
         Mixers with q, k and v do not implement this method.
         """
@@ -188,7 +188,7 @@ class Mixer:
 
 
 class Core(Mixer):
-    """Base class for attentions, which are mixers with q, k and v."""
+    """Base class for attention methods, which are mixers with q, k and v."""
 
     for_hosts = True
 
@@ -203,12 +203,16 @@ class Core(Mixer):
     def derived(self, q: Tensor) -> Any:
         """Return an object that `attend` accepts in place of `module` if needs_module() is False.
 
-        Its attributes are what the call needs besides its arguments, such as random features for q's head width. None: nothing.
+        Its attributes are the state that `attend` needs, such as random features for q's head width. The result is None if
+        `attend` needs no state.
         """
         return None
 
     def exact_rows(self, tokens: Tokens) -> int:
-        """Return how many queries attend by exact softmax in a call. Only self-attention has prefix tokens."""
+        """Return how many leading queries use exact softmax attention.
+
+        Returns 0 unless queries and keys come from the same tokens.
+        """
         return 0
 
     def weights_only(self: Some) -> Some:
@@ -219,18 +223,18 @@ class Core(Mixer):
         self, module: Any, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, rope: Rope | None, tokens: Tokens,
         sdpa: SdpaArgs, backend: str,
     ) -> Tensor:  # fmt: skip
-        """Return the output of the attention for q, k and v. All have shape (batch, heads, tokens, head_dim).
+        """Return the attention output for q, k and v. All four have the shape (batch, heads, tokens, head_dim).
 
-        `module` has the state as attributes. The default scale is head_dim ** -0.5.
+        `module` has the state of the core as attributes. The default scale is head_dim ** -0.5.
         """
         raise NotImplementedError
 
     def attend_tokens(
         self, module: nn.Module, x: Tensor, maps: nn.Linear, *, scale: float, rope: Rope | None, tokens: Tokens, backend: str
     ) -> Tensor | None:
-        """Return the output of the attention for x (batch, tokens, dim). `maps` is the packed linear layer for q, k and v.
+        """Return the attention output for x (batch, tokens, dim). `maps` is the packed linear layer for q, k and v.
 
-        Cores implement this only if it is faster than computing q, k and v first. The result is (batch, heads, tokens,
+        Cores implement this method only if it is faster than computing q, k and v first. The result is (batch, heads, tokens,
         head_dim), or None if the caller should compute q, k and v and call `attend`.
         """
         return None
@@ -238,11 +242,11 @@ class Core(Mixer):
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixCore(Core):
-    """Base class of cores whose first tokens can attend by exact softmax (see ops/exact.py).
+    """Base class of cores that can use exact softmax attention for the first tokens (see ops/exact.py).
 
     Attributes:
-        exact_prefix: how many leading tokens attend by exact softmax. True: all class and register tokens of the model, or none
-            if their number is unknown. On by default where softmax attention is replaced, and off elsewhere.
+        exact_prefix: how many leading tokens use exact softmax attention. True means all class and register tokens of the
+            model, or none if their number is unknown. Defaults to True in host models, and to False elsewhere.
     """
 
     exact_prefix: bool | int = False

@@ -9,7 +9,7 @@ from .plain import is_plain
 
 
 class Dropout(nn.Dropout):
-    """A version of nn.Dropout that is faster on a CPU.
+    """nn.Dropout with a faster implementation for CPUs.
 
     On a CPU, `p` is rounded to a multiple of 2^-16, and the mask uses one byte per element.
     """

@@ -21,7 +21,7 @@ from .module import AttentionModule
 class Feature(PrefixCore):
     """Attention with trained features of queries and keys, separate for each head.
 
-    The initial features are random. With gaussian=True, the untrained attention is Performer attention.
+    The initial features are random. With gaussian=True, the untrained layer computes Performer attention.
 
     Attributes:
         num_features: number of features, M.

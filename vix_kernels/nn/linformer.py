@@ -73,12 +73,12 @@ class Linformer(PrefixCore):
     def attend_tokens(
         self, module: nn.Module, x: Tensor, maps: nn.Linear, *, scale: float, rope: Rope | None, tokens: Tokens, backend: str
     ) -> Tensor | None:
-        """Project x along the token axis before applying the key and value layers.
+        """Return the attention output for x, which is projected along the token axis before the key and value layers.
 
-        The result is the same, because (E^T x) W = E^T (x W). This order is faster if there are fewer slots than tokens.
+        This order does not change the result, because (E^T x) W = E^T (x W). It is faster if there are fewer slots than tokens.
 
-        Returns None if there is a rotary embedding or an exact prefix, because they need the keys of all tokens. Also returns
-        None if each head has a separate projection, because x would have to be projected once for each head.
+        Returns None with a rotary embedding or an exact prefix, which need the keys of all tokens. Also returns None if each
+        head has a separate projection, because x would be projected once for each head.
         """
         if self.per_head or rope is not None or self.exact_rows(tokens):
             return None

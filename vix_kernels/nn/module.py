@@ -23,8 +23,8 @@ class MixerModule(Mounted):
     Subclasses create their parameters and then call `mount` to register the core's state.
 
     Attributes:
-        core: the mixer, adapted to its site.
-        site: a Site, which describes where the module is in a model. By default, it has only the number and width of the heads.
+        core: the mixer, adapted to `site`.
+        site: the Site of the module. By default, only the number and width of the heads are set.
     """
 
     def __init__(
@@ -60,22 +60,22 @@ class MixerModule(Mounted):
 
 
 class AttentionModule(MixerModule):
-    """Multi-head attention with a core and the linear layers of timm's `Attention`.
+    """Multi-head attention with any core (see nn/core.py) and the linear layers of timm's `Attention`.
 
     The parameters have the same names as in timm. The positional arguments after `core` have the same names and order as in
     timm, but timm's `Attention` has more arguments between them.
 
     Args:
-        core: the core of the attention.
+        core: an instance of a Core subclass, which computes the attention.
         dim: width of the tokens; num_heads must divide it.
         num_heads: number of heads.
         qkv_bias, proj_bias: whether the two linear layers have a bias.
         qk_norm: whether to normalize q and k of each head with norm_layer(head_dim).
-        attn_drop, proj_drop: dropout rates for the attention weights and for the output. Linear-cost attentions do not compute
+        attn_drop, proj_drop: dropout rates for the attention weights and for the output. Linear-cost cores do not compute
             attention weights, so they require attn_drop=0.
         norm_layer: the class of the norms if qk_norm is set. Defaults to torch.nn.LayerNorm.
         backend: backend of the attention and of the rotary embedding.
-        site: the place of the module in a model.
+        site: the Site of the module (see nn/core.py). By default, only the number and width of the heads are set.
     """
 
     core: Core
@@ -108,7 +108,7 @@ class AttentionModule(MixerModule):
 
     @property
     def has_weights(self) -> bool:
-        """Whether the attention has explicit attention weights, which can be masked or dropped."""
+        """Whether the core computes explicit attention weights, which can be masked or dropped."""
         return "attn_mask" in self.core.accepts()
 
     def forward(
@@ -123,20 +123,20 @@ class AttentionModule(MixerModule):
         group: Any | None = None,
         grid_size: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Mix the tokens.
+        """Apply attention to x, and return a tensor of the same shape.
 
         Args:
             x: (batch, tokens, dim).
             attn_mask: (tokens, tokens), with optional leading dimensions. A bool mask is True where a query may attend to a
-                key. A float mask is added to the logits. Linear-cost attentions do not support attn_mask, because they do not
+                key. A float mask is added to the logits. Linear-cost cores do not support attn_mask, because they do not
                 compute logits for pairs of tokens.
-            is_causal: passed to the core, which must support it. No core of this library does.
+            is_causal: must be False unless the core supports causal attention. No core of this library does.
             key_padding_mask: bool (batch, tokens), True = valid. Padded tokens are replaced by 0.
             rope: rotary embedding of q and k.
             cu_seqlens, group: start offsets of packed samples, and the process group across which the tokens are sharded.
                 Neither is supported yet.
             grid_size: (rows, columns) of the grid that the tokens after the prefix form in this call. If landmarks or agents
-                are placed on a grid, this grid is used instead of the core's. Other attentions only check this argument.
+                are placed on a grid, this grid is used instead of the core's. Other cores only check this argument.
         """
         check_tokens(x, self.dim, self.qkv)
         if key_padding_mask is not None:
@@ -167,7 +167,8 @@ class AttentionModule(MixerModule):
     def attention_of(self, x: Tensor, token: int = 0, *, rope: Rope | None = None) -> Tensor:
         """Return the attention weights (batch, heads, tokens) of one token of x (batch, tokens, dim).
 
-        They are the token's row of the attention matrix. Residual terms, such as Nystrom's convolution, are not included.
+        The weights are the token's row of the attention matrix. Residual terms, such as the convolution of Nystrom attention,
+        are not included.
         """
         q, k, _ = self.heads(x)
         core = self.core.weights_only()
@@ -182,8 +183,8 @@ class RedrawnAttentionModule(AttentionModule):
     """An attention module whose core draws random features. Its extra state is the number of redraws.
 
     Attributes:
-        redraws: the number of redraws. It is a Python integer, because reading a tensor in every step would synchronize
-            with the device.
+        redraws: the number of calls to `redraw_projection`. It is a Python integer, because reading a tensor in every step
+            would synchronize with the device.
     """
 
     redraws = 0
@@ -191,8 +192,8 @@ class RedrawnAttentionModule(AttentionModule):
     def redraw_projection(self) -> None:
         """Draw new random features. Ranks that have called this method the same number of times have the same features.
 
-        Do not call this method between a forward and its backward, because activation checkpointing would recompute the forward
-        with the new features. A captured CUDA graph uses the new features.
+        Do not call this method between a forward pass and its backward pass, because activation checkpointing would recompute
+        the forward pass with the new features. A captured CUDA graph uses the new features.
         """
         self.core.redraw(self)
 
@@ -204,7 +205,7 @@ class RedrawnAttentionModule(AttentionModule):
 
 
 class MixingModule(MixerModule):
-    """A module for mixers without q, k and v, used in place of attention. It has no linear layers.
+    """A module for mixers without q, k and v, used in place of an attention module. It has no linear layers.
 
     Args:
         core: the mixer.
@@ -213,7 +214,7 @@ class MixingModule(MixerModule):
         attn_drop: must be 0.
         proj_drop: dropout rate of the output.
         backend: backend of the mixer.
-        site: the place of the module in a model.
+        site: the Site of the module (see nn/core.py). By default, only the number and width of the heads are set.
 
     The other arguments are accepted for compatibility with timm's blocks, but have no effect.
     """
@@ -249,7 +250,7 @@ class MixingModule(MixerModule):
         group: Any | None = None,
         grid_size: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Mix the tokens.
+        """Apply the mixer to x, and return a tensor of the same shape.
 
         Args:
             x: (batch, tokens, dim).

@@ -22,7 +22,7 @@ class Nystrom(PrefixCore):
     """Nystrom attention. Landmarks are means over segments or grid cells.
 
     Attributes:
-        num_landmarks: number of landmarks for the tokens after the prefix, at most one per token.
+        num_landmarks: number of landmarks for the tokens after the prefix, limited to the number of these tokens.
         landmarks: "segment", "grid" or "pad_front", as in nystrom_attention. With "pad_front", class and register tokens are
             treated like the other tokens.
         grid_size: for "grid", the (height, width) of the grid that the tokens after the prefix form. Defaults to the model's
@@ -31,7 +31,7 @@ class Nystrom(PrefixCore):
             landmark. If grid_size comes from the model, so does prefix_tokens.
         pinv_iterations, pinv_init: as in nystrom_attention.
         residual_conv_kernel: odd kernel size of a depthwise convolution of v over the tokens. Its result is added to the
-            output. 0: no convolution.
+            output. If 0, there is no convolution.
     """
 
     num_landmarks: int = 64
@@ -107,13 +107,13 @@ class NystromAttention(AttentionModule):
     """Nystrom attention with linear layers named as in timm's `Attention` (`qkv`, `proj`).
 
     Args:
-        num_landmarks: number of landmarks for the tokens after the prefix, at most one per token.
+        num_landmarks: number of landmarks for the tokens after the prefix, limited to the number of these tokens.
         landmarks: "segment", "grid" or "pad_front", as in nystrom_attention.
         grid_size: for "grid", the (height, width) of the grid that the tokens after the prefix form.
         prefix_tokens: number of leading tokens (class and register tokens). Each of them is a separate landmark.
         pinv_iterations, pinv_init: as in nystrom_attention.
         residual_conv_kernel: odd kernel size of a depthwise convolution of v over the tokens. Its result is added to the
-            output. 0: no convolution.
+            output. If 0, there is no convolution.
 
     For the other arguments, see AttentionModule. The convolution's weight is `res_conv.weight`.
     """

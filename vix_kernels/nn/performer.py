@@ -63,7 +63,7 @@ class Performer(PrefixCore):
         return False
 
     def derived(self, q: Tensor) -> Any:
-        """Return the random features. They are cached per process, not stored in a module."""
+        """Return a Derived with the random features, which are cached per process instead of being stored in a module."""
         return Derived(random_features(q, self.features_of(q.shape[3]), self.seed))
 
     def state(self, site: Site) -> State:
@@ -72,7 +72,7 @@ class Performer(PrefixCore):
         return {"projection": Buffer(self.draw(site.head_dim, 0), keep_dtype=True)}
 
     def draw(self, head_dim: int, redraws: int) -> Tensor:
-        # The CPU generator uses only 32 bits of its seed: the layer's seed is in the upper 12, and the lower 20 count redraws.
+        # The CPU generator uses only 32 bits of its seed. The upper 12 bits are the layer's seed. The lower 20 count redraws.
         return orthogonal_projection(self.num_features, head_dim, seed=(self.seed << 20) + redraws)
 
     def redraw(self, module: nn.Module) -> None:
@@ -116,7 +116,7 @@ class PerformerAttention(RedrawnAttentionModule):
     For the other arguments, see AttentionModule.
 
     The features are the persistent buffer `projection` (M, head_dim), which stays float32 when the module is cast. Only
-    `redraw_projection` and loading a state dict change them. `redraws` counts the calls of `redraw_projection`.
+    `redraw_projection` and loading a state dict change them. `redraws` counts the calls to `redraw_projection`.
     """
 
     def __init__(
@@ -141,7 +141,10 @@ class PerformerAttention(RedrawnAttentionModule):
 
 
 def random_features(q: Tensor, num_features: int, seed: int) -> Tensor:
-    """Return an orthogonal_projection for q's head_dim on q's device. It is drawn once per process and cached."""
+    """Return random features from `orthogonal_projection` for q's head_dim, on q's device.
+
+    They are drawn once per process and cached.
+    """
     if torch.compiler.is_dynamo_compiling():
         return torch.ops.vix_kernels.random_features(q.detach(), num_features, seed)
     return _drawn(num_features, q.shape[3], seed, q.device)

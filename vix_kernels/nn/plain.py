@@ -1,4 +1,4 @@
-"""Check whether a direct call of the function that a module computes has the same effect as a call of the module."""
+"""Check whether a module call can be replaced by a direct call to the function that the module computes."""
 
 from __future__ import annotations
 

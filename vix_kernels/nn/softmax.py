@@ -20,7 +20,7 @@ from .module import AttentionModule
 class Softmax(Core):
     """Softmax attention, softmax(scale q k^T) v, computed with torch's scaled_dot_product_attention in quadratic time."""
 
-    for_hosts = False  # hosts already use softmax attention
+    for_hosts = False  # host models already use softmax attention
 
     def accepts(self) -> frozenset[str]:
         return super().accepts() | {"attn_mask", "dropout", "cross"}

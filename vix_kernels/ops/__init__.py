@@ -1,1 +1,4 @@
-"""The attentions, one per file: equations, public function and plain PyTorch reference. The other files contain shared code."""
+"""Attention functions, one per file, each with its equations and a plain PyTorch reference.
+
+The other files contain rotary embeddings, attention weights and shared helpers.
+"""

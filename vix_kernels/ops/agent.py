@@ -2,7 +2,8 @@
 
     out = softmax(scale q a^T) softmax(scale a k^T) v                                            equation 4 of the paper
 
-The attention has two passes, with the agents a as slots. The second pass does not use the log-sum-exp of the first:
+The computation has two passes, in which the agents a are the slots (see primitives/aggregate.py and primitives/broadcast.py).
+The second pass does not use the log-sum-exp that the first pass returns:
 
     values, _ = aggregate(a, k, v)        out = broadcast(q, a, values)
 """
@@ -46,7 +47,8 @@ def agent_attention(
             its output is 0, except in the exact rows.
         key_padding_mask: bool (batch, tokens), True = valid. If a sample has no valid key, its output is 0.
         rope: rotary embedding of q and k, applied inside the kernels. Requires as many queries as tokens.
-        exact_rows: the number of leading queries (class and register tokens) that attend by exact softmax. See ops/exact.py.
+        exact_rows: the number of leading queries (class and register tokens) that use exact softmax attention. See
+            ops/exact.py.
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:

@@ -1,4 +1,4 @@
-"""Argument checks shared by all attentions. Each error names the argument and states the expected and the actual value."""
+"""Argument checks for the attention functions. Each error names the argument and states the expected and the actual value."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def check_number(name: str, value: Any, *, zero: bool = False) -> float:
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None = None) -> None:
     """Check q (B, H, N, D), k (B, H, N', D) and v (B, H, N', E), which must have the same floating-point dtype and device.
 
-    Also check the mask of keys, if one is given.
+    Also check `key_padding_mask`.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x)
@@ -97,7 +97,7 @@ def check_mask(mask: Tensor | None, k: Tensor, name: str = "key_padding_mask", c
 
 
 def check_projection(projection: Tensor, q: Tensor, name: str = "projection") -> Tensor:
-    """Check a projection, and return it as slots (1, heads or 1, M, D) in float32, or in float64 if q is float64."""
+    """Check a projection, and return it as (1, heads or 1, M, D) in float32, or in float64 if q is float64."""
     check_tensor(name, projection)
     if projection.dim() not in (2, 3):
         raise ValueError(f"{name}: expected shape (M, head_dim) or (heads, M, head_dim), got {tuple(projection.shape)}")
@@ -128,7 +128,7 @@ def check_scale(scale: float | None, head_dim: int) -> float:
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast floating-point tensors to autocast's dtype if autocast is enabled. float64 tensors are not cast."""
+    """Return the tensors, cast to autocast's dtype if autocast is enabled. Integer and float64 tensors are not cast."""
     if not all(isinstance(x, Tensor) for x in tensors):
         return tensors  # check_qkv raises the error
     device = tensors[0].device.type

@@ -2,7 +2,8 @@
 
     out_p = softmax(scale q_p k^T) v        for p < exact_rows
 
-A classification head often reads only the outputs of these tokens. One more pass, with these queries as slots, computes them:
+A classification head often reads only the outputs of these tokens. One additional pass, with these queries as the slots (see
+primitives/aggregate.py), computes these outputs:
 
     rows, _ = aggregate(q[:, :, :exact_rows], k, v, scale=scale)
 
@@ -31,9 +32,9 @@ def compute_exact_rows(
 def with_exact_rows_reference(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, count: int, *, scale: float, mask: Tensor | None, rope: Rope | None
 ) -> Tensor:
-    """Replace the first `count` rows of an attention's output, in plain PyTorch with all attention weights in memory.
+    """Return `out` with its first `count` rows replaced by exact rows, in plain PyTorch.
 
-    q and k are the tokens before the rotary embedding, which this function applies.
+    q and k are the queries and keys before the rotary embedding, which this function applies.
     """
     if not count:
         return out
@@ -43,7 +44,7 @@ def with_exact_rows_reference(
 
 
 def first_queries(q: Tensor, count: int, rope: Rope | None, mask: Tensor | None) -> Tensor:
-    """Return the first `count` queries, rotated.
+    """Return the first `count` queries, after the rotary embedding.
 
     If there are as many queries as keys, padded queries are replaced by 0. The gradients of keys are sums over queries, so a
     NaN in a padded query would otherwise reach them.

@@ -3,9 +3,9 @@
     psi_j(q) = exp(c wq_j . q + b_j)        phi_j(k) = exp(c wk_j . k - g c^2 |k|^2 / 2)        c = sqrt(scale)
     out_n = sum_j psi_j(q_n) S_j / sum_j psi_j(q_n) z_j,    S_j = sum_n phi_j(k_n) v_n,    z_j = sum_n phi_j(k_n)
 
-Unlike Performer attention (see performer.py), this attention has separate, trained features for queries and keys, and a bias.
-With wq = wk, b = 0 and g = 1, it computes the same function. As in Performer attention, there are two passes, and lse is in
-base 2. For g = 1, they are:
+Unlike Performer attention (see performer.py), this method has separate, trained features for queries and keys, and a bias. With
+wq = wk, b = 0 and g = 1, the two methods compute the same function. As in Performer attention, the computation has two passes,
+and lse is in base 2. For g = 1, the passes are:
 
     values, lse = aggregate(wk, k, v)        out = broadcast(q, wq, values, lse + b / ln 2)
 """
@@ -43,19 +43,20 @@ def feature_attention(
 ) -> Tensor:
     """Attention with M trained features of queries and keys, in time linear in the number of tokens.
 
-    `vix_kernels.linearize` trains the features to reproduce a softmax attention.
+    `vix_kernels.linearize` trains the features to reproduce the softmax attention of a model.
 
     Args:
         q: (batch, heads, queries, head_dim), float16, bfloat16, float32 or float64. Views with last stride 1 are not copied.
         k: (batch, heads, tokens, head_dim).
         v: (batch, heads, tokens, value_dim).
         query_features, key_features: wq and wk, float32 (M, head_dim) or (heads, M, head_dim). They must have the same shape.
-        feature_bias: b, float32 (M,) or, if each head has separate features, (heads, M). None: 0.
+        feature_bias: b, float32 (M,) or, if each head has separate features, (heads, M). None means 0.
         gaussian: g, the factor of the term c^2 |k|^2 / 2, >= 0. True means 1, and False means 0.
         scale: factor of the logits that the features approximate, > 0. Defaults to head_dim ** -0.5.
         key_padding_mask: bool (batch, tokens), True = valid. If a sample has no valid key, its output is 0.
         rope: rotary embedding of q and k, applied inside the kernels. Requires as many queries as tokens.
-        exact_rows: the number of leading queries (class and register tokens) that attend by exact softmax. See ops/exact.py.
+        exact_rows: the number of leading queries (class and register tokens) that use exact softmax attention. See
+            ops/exact.py.
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:

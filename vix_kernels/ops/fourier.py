@@ -36,10 +36,11 @@ def fourier_mixing(x: Tensor, *, norm: Literal["ortho"] | None = None, backend: 
     Returns:
         (batch, tokens, channels) in x's dtype. Differentiable in x. No tensor is saved for backward.
 
-    Plain sums grow with the number of elements, in proportion to sqrt(tokens * channels) if x is noise with zero mean, and to
-    tokens * channels otherwise. In float16, the zero frequency y[:, 0, 0] = x.sum((1, 2)) overflows beyond 65504. Use
-    norm="ortho" or bfloat16 instead. For the same reason, autocast to float16 does not cast x. Padded tokens cannot be masked:
-    setting them to 0 removes them from the sums, but every frequency also depends on the number of tokens.
+    Plain sums are about sqrt(tokens * channels) times as large as x if x is noise with zero mean, and up to tokens * channels
+    times as large otherwise. In float16, the zero frequency y[:, 0, 0] = x.sum((1, 2)) overflows if its magnitude exceeds
+    65504. To avoid overflow, use norm="ortho" or bfloat16. For the same reason, autocast to float16 does not cast x. Padded
+    tokens cannot be masked: setting them to 0 removes them from the sums, but every frequency also depends on the number of
+    tokens.
 
     Raises:
         ValueError, TypeError: an argument is invalid. The message names it and states the expected and the actual value.

@@ -4,9 +4,9 @@
     S_j = sum_n phi_j(k_n) v_n,    z_j = sum_n phi_j(k_n)
 
 phi(x) is relu(x) (EfficientViT, arXiv 2205.14756) or elu(x) + 1 (as in the paper). By default, phi is applied to each channel
-of x. With a projection, phi is applied to the dot products of x and the rows w_j, for example phi_j(x) = relu(w_j . x) with
-x scaled by head_dim^(-1/4). The Performer paper (arXiv 2009.14794) calls this generalized attention. There are two passes:
-linear_aggregate computes S and z, and linear_broadcast computes the output.
+of x. With a projection, phi is applied to the dot products of x and the projection's rows w_j, for example phi_j(x) =
+relu(w_j . x), where x is scaled by head_dim^(-1/4). The Performer paper (arXiv 2009.14794) calls this generalized attention.
+The computation has two passes: linear_aggregate computes S and z, and linear_broadcast computes the output.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def linear_attention(
         v: (batch, heads, tokens, value_dim).
         feature_map: phi, "relu" or "elu" (elu + 1).
         projection: float32 (M, head_dim) or (heads, M, head_dim). phi is applied to the dot products of each query or key with
-            the rows of the projection, times head_dim ** -0.25. None: phi is applied to the channels of q and k.
+            the rows of the projection, times head_dim ** -0.25. If None, phi is applied to the channels of q and k.
         eps: a number >= 0 that is added to the denominator.
         key_padding_mask: bool (batch, tokens), True = valid. If a sample has no valid key, its output is 0.
-        rope: rotary embedding of q and k, applied before phi inside the kernels. Requires as many queries as tokens.
+        rope: rotary embedding of q and k, applied inside the kernels before phi. Requires as many queries as tokens.
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:

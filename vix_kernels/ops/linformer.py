@@ -36,7 +36,7 @@ def linformer_attention(
     exact_rows: int = 0,
     backend: str = "auto",
 ) -> Tensor:
-    """Softmax attention over K learned combinations of the tokens.
+    """Softmax attention over K slots, which are learned linear combinations of the tokens.
 
     Args:
         q: (batch, heads, queries, head_dim), float16, bfloat16, float32 or float64. Views with last stride 1 are not copied.
@@ -44,13 +44,14 @@ def linformer_attention(
         v: (batch, heads, tokens, value_dim).
         key_projection: E, (tokens, K) or (heads, tokens, K), float32 or in q's dtype. If it has more rows than there are
             tokens, only the first rows are used.
-        value_projection: F, with the shape and dtype of key_projection. None: key_projection is also used for values.
+        value_projection: F, with the shape and dtype of key_projection. If None, key_projection is also used for values.
         scale: factor of the logits, > 0. Defaults to head_dim ** -0.5.
         key_padding_mask: bool (batch, tokens), True = valid. Padded tokens do not contribute to the slots. If a sample has no
             valid key, its output is 0.
         rope: rotary embedding of q and k, applied inside the kernels. k is rotated before it is projected. Requires as many
             queries as tokens.
-        exact_rows: the number of leading queries (class and register tokens) that attend by exact softmax. See ops/exact.py.
+        exact_rows: the number of leading queries (class and register tokens) that use exact softmax attention. See
+            ops/exact.py.
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
@@ -135,7 +136,7 @@ def check_token_projection(name: str, projection: Tensor, k: Tensor) -> Tensor:
         raise ValueError(f"{name}: expected at least {k.shape[2]} rows, one per token of k, got {projection.shape[-2]}")
     if projection.device != k.device:
         raise ValueError(f"{name}: expected q's device {k.device}, got {projection.device}")
-    # In eager mode, do not slice if all rows are used, because the backward of a slice copies the gradient.
+    # In eager mode, do not slice if all rows are used, because the backward pass of a slice copies the gradient.
     if torch.compiler.is_compiling() or projection.shape[-2] > k.shape[2]:
         projection = projection[..., : k.shape[2], :]
     projection = projection.to(torch.promote_types(projection.dtype, k.dtype))

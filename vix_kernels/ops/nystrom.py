@@ -4,13 +4,14 @@
     Z ~ pinv(A),    A = softmax(scale q~ k~^T)
 
 q~ and k~ are landmarks: means of queries and of keys over segments of the sequence or cells of a grid. They are the slots in
-two passes. Between these passes, the values are multiplied by Z, an approximate pseudo-inverse of the small matrix A:
+two passes (see primitives/aggregate.py and primitives/broadcast.py). Between these passes, the values are multiplied by Z, an
+approximate pseudo-inverse of the small matrix A:
 
     values = aggregate(q~, k, v)        out = broadcast(q, k~, Z values)
 
-Only backend="reference" stores attention weights between tokens and landmarks, or between tokens. Z is the result of a few
-steps of a third-order iteration (equation 11 of the paper), six by default. In general, Z has not converged to the
-pseudo-inverse after these steps. It acts as a filter on the spectrum of A, and trained weights depend on this filter.
+Only backend="reference" stores the attention weights between tokens and landmarks. Z is the result of a few steps of a
+third-order iteration (equation 11 of the paper), six by default. In general, Z has not converged to the pseudo-inverse after
+these steps. It acts as a filter on the spectrum of A, and trained weights depend on this filter.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ def nystrom_attention(
             rows * columns = num_landmarks, the one whose cells are closest to squares is used. On images, this is much
             more accurate than "segment".
             "pad_front": as "segment", but all-zero tokens are first added at the front until num_landmarks divides the number
-            of tokens. Without a mask, queries also attend to these tokens. Use this for weights from the package
-            nystrom-attention.
+            of tokens. Without a mask, queries also attend to these tokens. Use this option for weights from the
+            nystrom-attention package.
         grid_size: for "grid", the (height, width) of the grid that the tokens after the prefix form.
         prefix_tokens: number of leading tokens (class and register tokens). Each is a separate landmark, in addition to
             num_landmarks. Not supported for "pad_front".
@@ -82,12 +83,12 @@ def nystrom_attention(
         conv_weight: (heads, 1, taps, 1), the weight of a depthwise Conv2d over the tokens of v. The number of taps must be odd.
             The result of the convolution is added to the output.
         scale: factor of the logits, > 0. Defaults to head_dim ** -0.5.
-        key_padding_mask: bool (batch, tokens), True = valid. If there are as many queries as tokens, it also excludes padded
-            queries from the landmarks of q. If a sample has no valid key, its output is 0.
+        key_padding_mask: bool (batch, tokens), True = valid. If there are as many queries as tokens, the mask also excludes
+            padded queries from the landmarks of q. If a sample has no valid key, its output is 0.
         rope: rotary embedding of q and k, applied inside the kernels before landmarks are computed. Requires as many queries as
             tokens.
-        exact_rows: the number of leading queries (class and register tokens) that attend by exact softmax. The
-            convolution is also added to these rows. Not supported for "pad_front".
+        exact_rows: the number of leading queries (class and register tokens) that use exact softmax attention. See
+            ops/exact.py. The convolution is also added to these rows. Not supported for "pad_front".
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
@@ -166,7 +167,7 @@ def nystrom_attention_reference(
 def _pad_front(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rope: Rope | None, num_landmarks: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Rope | None]:
-    """Add all-zero tokens at the front, up to a multiple of num_landmarks, and extend the mask and the rotary tables."""
+    """Return the arguments with all-zero tokens added at the front until num_landmarks divides the number of tokens."""
 
     def pad(x: Tensor, tokens: int, value: float = 0.0) -> Tensor:
         return F.pad(x, (0, 0, -tokens % num_landmarks, 0), value=value)

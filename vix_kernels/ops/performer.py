@@ -3,12 +3,13 @@
     phi_j(x) = exp(c w_j . x - c^2 |x|^2 / 2),   c = sqrt(scale)                                    equation 5 of the paper
     out_n = sum_j phi_j(q_n) S_j / sum_j phi_j(q_n) z_j,    S_j = sum_n phi_j(k_n) v_n,    z_j = sum_n phi_j(k_n)
 
-The vectors w_j are random. They are the slots in two softmax attentions:
+The vectors w_j are random. They are the slots in two passes of softmax attention (see primitives/aggregate.py and
+primitives/broadcast.py):
 
     values, lse = aggregate(w, k, v)        out = broadcast(q, w, values, lse)
 
 Here values_j = S_j / z_j and lse_j = log2 z_j. The result is the same as above, because the terms in |q_n|^2 cancel and the
-remaining weights are a softmax. Unlike direct evaluation, this needs no eps and no stabilizer, and does not underflow.
+remaining weights are a softmax. Unlike direct evaluation, the two passes need no eps and no stabilizer, and do not underflow.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def performer_attention(
         scale: factor of the logits, > 0. Defaults to head_dim ** -0.5. q and k are multiplied by sqrt(scale).
         key_padding_mask: bool (batch, tokens), True = valid. If a sample has no valid key, its output is 0.
         rope: rotary embedding of q and k, applied inside the kernels. Requires as many queries as tokens.
-        exact_rows: the number of leading queries (class and register tokens) that attend by exact softmax. See ops/exact.py.
+        exact_rows: the number of leading queries (class and register tokens) that use exact softmax attention. See
+            ops/exact.py.
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
@@ -116,13 +118,13 @@ def orthogonal_projection(
     num_heads: int | None = None,
     scaling: Literal["chi", "sqrt"] = "chi",
 ) -> Tensor:
-    """Draw random features in orthogonal blocks that are Haar distributed (section 2.4 of the paper).
+    """Draw random features in Haar-distributed orthogonal blocks (section 2.4 of arXiv 2009.14794).
 
     Args:
         num_features: M, the number of rows.
         head_dim: D, the number of columns. The rows of each block of D rows are orthogonal. The last block may be smaller.
         seed: seed of the random numbers. The same seed produces the same features on every rank and device and in every run.
-        num_heads: if given, draw separate features for each of `num_heads` heads. None: draw one set for all heads.
+        num_heads: number of heads with separate features. If None, all heads share one set of features.
         scaling: "chi": the rows have the same length distribution as Gaussian vectors. "sqrt": their length is sqrt(D).
 
     Returns:

@@ -14,10 +14,10 @@ from .checks import check_integer
 
 
 def pooling(name: str, count: int, grid_size: tuple[int, int] | None, prefix_tokens: int, tokens: int) -> dict[str, Any]:
-    """Return the arguments with which primitives.landmarks pools tokens into `count` means.
+    """Return the arguments of `primitives.landmarks` that pool tokens into `count` means.
 
-    Without a grid, tokens after the prefix are pooled over segments of the sequence. With a grid, they are pooled over a
-    grid of `count` cells that are as close to squares as possible. Each prefix token becomes an additional, separate mean.
+    Without a grid, tokens after the prefix are pooled over segments of the sequence. With a grid, they are pooled over `count`
+    grid cells that are as close to squares as possible. Each prefix token becomes an additional, separate mean.
 
     Args:
         name: name of the argument in error messages about `count`.
@@ -52,7 +52,10 @@ def check_grid(grid_size: Any) -> tuple[int, int]:
 
 
 def at_most(count: int, tokens: int) -> int:
-    """Return min(count, tokens). If `tokens` is dynamic, the built-in `min` would return a symbolic size in torch.export."""
+    """Return min(count, tokens).
+
+    In torch.export with dynamic `tokens`, the comparison becomes a guard. The built-in `min` would return a symbolic size.
+    """
     if isinstance(tokens, torch.Tensor):  # sizes are tensors inside torch.jit.trace
         tokens = int(tokens)
     return count if count <= tokens else tokens
@@ -86,6 +89,6 @@ def most_cells(grid: tuple[int, int], most: int) -> int:
 
 
 def place(grid_size: tuple[int, int] | None, prefix_tokens: int) -> str:
-    """Describe the placement of landmarks or agents in words."""
+    """Return a description of the placement of landmarks or agents."""
     where = "in segments" if grid_size is None else f"on the grid {grid_size[0]} x {grid_size[1]}"
     return where + (f", {prefix_tokens} prefix token{'s' * (prefix_tokens > 1)}" if prefix_tokens else "")

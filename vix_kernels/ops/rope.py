@@ -31,7 +31,7 @@ LAYOUTS = ("interleaved", "half")
 
 @dataclass(frozen=True, eq=False)
 class Rope:
-    """Tables of cosines and sines with which the channels of every token are rotated.
+    """Tables of cosines and sines for rotating the channels of every token.
 
     Attributes:
         cos, sin: float32 (heads or 1, tokens, R / 2). float64 tables are only valid for float64 tokens.
@@ -75,7 +75,7 @@ class Rope:
 
     @staticmethod
     def of(angles: Tensor, layout: Layout = "interleaved") -> Rope:
-        """Return the rotation by `angles`, float32 (heads or 1, tokens, R / 2). It is differentiable in `angles`."""
+        """Return the Rope for `angles`, float32 (heads or 1, tokens, R / 2). The angles may require a gradient."""
         check_floating("angles", angles)
         if angles.dtype not in (torch.float32, torch.float64) or angles.dim() != 3 or 0 in angles.shape:
             got = f"{dtype_name(angles.dtype)} {tuple(angles.shape)}"
@@ -107,12 +107,12 @@ class Rope:
 
     @property
     def rotary(self) -> Rotary:
-        """The tables in the form that the primitives expect."""
+        """The tables in the form that the functions in primitives/ expect."""
         return Rotary(self.cos, self.sin, self.interleaved, self.angles)
 
     @property
     def differentiable(self) -> Rotary:
-        """The tables for reference implementations, computed from the angles if these require a gradient."""
+        """The tables for reference implementations, computed from `angles` unless it is None."""
         cos, sin = (self.cos, self.sin) if self.angles is None else (self.angles.cos(), self.angles.sin())
         return Rotary(cos, sin, self.interleaved)
 
@@ -324,7 +324,7 @@ def apply_rope_reference(q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tens
 
 
 def check_rope(rope: Rope, q: Tensor, k: Tensor) -> Rotary:
-    """Check that a Rope fits q and k, which must have the same number of tokens. Return its tables for the primitives."""
+    """Check that a Rope matches q and k, which must have the same number of tokens. Return its tables as a Rotary."""
     if not isinstance(rope, Rope):
         raise TypeError(f"rope: expected a Rope (see rope_1d), got {type(rope).__name__}")
     if q.shape[2] != k.shape[2]:

@@ -16,9 +16,9 @@ def attention_weights(
 ) -> Tensor:
     """Return one row of the attention matrix: the weights of all keys in the output of one query.
 
-    The matrix is never materialized. Every attention computes out_token = sum_n w_n v_n (equation 1 of Vaswani et al.,
-    arXiv 1706.03762), so w is the gradient of one output channel with respect to the same channel of v. This costs one forward
-    and one backward pass of `attention`.
+    The matrix is never materialized. Every attention function computes out_token = sum_n w_n v_n (equation 1 of Vaswani et
+    al., arXiv 1706.03762), so w is the gradient of one output channel with respect to the same channel of v. This costs one
+    forward and one backward pass of `attention`.
 
     Args:
         attention: an attention function of this library, or torch's scaled_dot_product_attention.

@@ -1,4 +1,4 @@
-"""The primitives from which the attentions are built."""
+"""Primitives: differentiable operators from which the attention functions in ops/ are built."""
 
 from .aggregate import aggregate
 from .broadcast import broadcast

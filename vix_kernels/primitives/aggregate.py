@@ -1,4 +1,4 @@
-"""aggregate: M slots attend to N tokens.
+"""aggregate: M intermediate vectors, called slots, attend to N tokens.
 
     l_jn = scale p_j . k_n + b_n            values_j = sum_n softmax_n(l_jn) v_n            lse_j = log2 sum_n exp(l_jn)
 
@@ -7,8 +7,8 @@ Otherwise the bias is 0. A masked key has b_n = -inf and is read as 0, even if i
 and lse -inf. With RoPE, keys are rotated first.
 
 lse is in base 2, because the kernels use exp2. The operator also returns row_max and total. row_max_j is the largest logit
-of slot j, in base 2, and total_j = sum_n exp(l_jn) / 2^row_max_j, so lse_j = row_max_j + log2 total_j. Backward recomputes the
-probabilities from row_max and total, because float32 loses the fractional bits of a large lse.
+of slot j, in base 2, and total_j = sum_n exp(l_jn) / 2^row_max_j, so lse_j = row_max_j + log2 total_j. The backward pass
+recomputes the probabilities from row_max and total, because float32 loses the fractional bits of a large lse.
 """
 
 from __future__ import annotations

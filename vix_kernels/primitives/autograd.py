@@ -38,7 +38,10 @@ def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gra
 
 
 class _Refuse(torch.autograd.Function):
-    """Return the inputs after the first `count`. For autograd, the results depend on all inputs. Backward raises an error."""
+    """Returns the tensors after the first `count`. Differentiating the results raises an error.
+
+    For autograd, the results depend on all tensors.
+    """
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""broadcast: N tokens attend to M slots.
+"""broadcast: N tokens attend to M slots (see aggregate.py).
 
     g_nj = scale p_j . q_n + a_j ln 2            out_n = sum_j softmax_j(g_nj) values_j
 
@@ -77,10 +77,10 @@ def split_gradient(dout: Tensor, rows: int, dtype: torch.dtype) -> tuple[Tensor 
 
 
 def reads_out(q: Tensor, backend: str) -> bool:
-    """Return whether backward reads the output of forward.
+    """Return whether the backward pass reads the output of the forward pass.
 
-    If not, backward recomputes the output. The kernels recompute it for float32 and float64, because terms of the gradient
-    cancel exactly only if they are computed from the same products.
+    If not, the backward pass recomputes the output. For float32 and float64, the kernels recompute it, because terms of the
+    gradient cancel exactly only if they are computed from the same products.
     """
     return backend == "triton" and q.element_size() == 2
 
@@ -152,8 +152,8 @@ def _fake_backward(dout, q, slots, values, slot_bias, rotary, scale, out, statis
 # row_max and inverse are (batch, heads, N): the largest logit of a token, in base 2, and 1 / sum of exp2(logit - row_max). The
 # backward kernels read them. The PyTorch implementation returns empty tensors instead. If v and conv_weight are given, the
 # forward kernel also adds the convolution of primitives/token_conv.py to out, in registers. broadcast_backward computes only
-# the gradients of the attention. If forward added a convolution, the argument `out` of broadcast_backward must be None, so that
-# it recomputes the output of the attention.
+# the gradients through the attention, without the convolution. If the forward kernel added a convolution, the argument `out` of
+# broadcast_backward must be None, so that broadcast_backward recomputes the output without the convolution.
 broadcast_forward = register(
     f"broadcast_forward({_PROBLEM}, Tensor? v, Tensor? conv_weight, Tensor? mask, str backend)"
     " -> (Tensor out, Tensor row_max, Tensor inverse)",

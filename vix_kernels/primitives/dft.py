@@ -2,8 +2,8 @@
 
     y_ab = sum_nd x_nd cos(2 pi (an / N + bd / D))
 
-The matrix of this linear map is symmetric, so backward applies the same map and needs no saved tensor. Half of the result
-is redundant, because y at (-a, -b) equals y at (a, b), with indices modulo N and D. Half of the input is also redundant,
+The matrix of this linear map is symmetric, so the backward pass applies the same map and needs no saved tensor. Half of the
+result is redundant, because y at (-a, -b) equals y at (a, b), with indices modulo N and D. Half of the input is also redundant,
 because y depends only on the sums of x at (n, d) and x at (-n, -d).
 """
 
@@ -17,10 +17,9 @@ from .autograd import once_differentiable
 from .registry import needs_autograd, register
 
 # The kernels are used if the number of floating-point operations per element of x, tokens / 2 + channels, is at most MOST_WORK
-# for the bit width of x's dtype. Otherwise, fast Fourier transforms are used. The limits are computed, not measured.
-# If the matrix products run at half of an H100's peak rate, and the memory at its full bandwidth, then at the limit the
-# products take about as long as the additional memory traffic of the FFTs (32 to 34 bytes per element). The limits also keep
-# products of indices within 32 bits.
+# for the bit width of x's dtype. Otherwise, fast Fourier transforms are used. The limits are computed, not measured: at the
+# limit, matrix products at half of an H100's peak rate take about as long as the additional memory traffic of the FFTs (32 to
+# 34 bytes per element) at full bandwidth. The limits also keep products of indices within 32 bits.
 MOST_WORK = {16: 4096, 32: 768, 64: 768}
 
 

@@ -6,7 +6,7 @@ On a CPU, drawing the random numbers of PyTorch's dropout takes longer than the 
 
 If 0 < p < 1, the probability that kept is 0 is p, rounded to a multiple of 2^-16. This probability is at least 2^-16 and at
 most 1 - 2^-16. The factor 1 / (1 - p) uses p without rounding, but is at most 2^16. If p is 1, y is 0. One byte per element is
-saved for backward.
+saved for the backward pass.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from .._torch.dropout import draw_kept, kept_scale
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """Set elements of x (any shape, on the CPU) to 0 with probability p, and scale the others. Twice differentiable in x."""
+    """Return a copy of x in which each element is 0 with probability p, and multiplied by 1 / (1 - p) otherwise.
+
+    x can have any shape, and must be on the CPU. The result is twice differentiable in x.
+    """
     return _Dropout.apply(x, p)
 
 

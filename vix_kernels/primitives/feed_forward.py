@@ -4,7 +4,7 @@
 
 Tokens are independent of each other, so each tile of tokens goes through all steps while it is in the cache. Plain PyTorch
 would write every intermediate tensor for all tokens to memory. In addition to the parameters, only x, the dropout masks and the
-factors are saved for backward. Backward recomputes the normalization, the first linear layer and the activation.
+factors are saved for the backward pass. It recomputes the normalization, the first linear layer and the activation.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def feed_forward(
         norm: weight, bias and eps of the layer norm. If None, there is no layer norm, so n = x.
         weights: W1 (hidden, C), b1, W2 (C, hidden) and b2.
         activation: "gelu" or "hardswish".
-        p: dropout probability. The factors 1 / (1 - p) are applied to W2 and b2 instead of to the kept elements.
+        p: dropout probability. The scaling of the kept elements by 1 / (1 - p) is folded into W2 and b2.
         factors: (..., 1), one factor per token for the second term of y. If None, the factors are 1.
         dtype: dtype of the linear layers, the activation and the dropout.
 

@@ -1,10 +1,11 @@
-"""linear_aggregate and linear_broadcast: the passes of linear attention, with a feature map instead of a softmax.
+"""linear_aggregate and linear_broadcast: linear attention in two passes, with a feature map instead of a softmax.
 
     f_jn = phi(p_j . k_n)      S_j = sum_n f_jn v_n      z_j = sum_n f_jn
     f_nj = phi(p_j . q_n)      out_n = sum_j f_nj S_j / (sum_j f_nj z_j + eps)
 
-phi is relu or elu + 1. Without slots, phi is applied to the channels of a token. linear_aggregate returns S and z instead of
-the means S / z, because the gradients of S and z are finite even for the smallest z that float32 can represent.
+phi is relu or elu + 1. The slots p_j are optional. Without slots, phi is applied to the channels of a token. linear_aggregate
+returns S and z instead of the means S / z, because the gradients of S and z are finite even for the smallest z that float32 can
+represent.
 
 To avoid overflow, the kernels divide the numerator and the denominator of out_n by the largest z. For float16, they divide
 both by the largest product f_nj z_j of the query instead. If eps divided by this product overflows float32, the output and the

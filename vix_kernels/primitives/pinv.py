@@ -76,7 +76,7 @@ def pinv_reference(
     iterations: int = 6,
     init: str = "exact",
 ) -> Tensor:
-    """Evaluate the equations in values' dtype."""
+    """Evaluate the equations in the dtype of `values`."""
     batch, _, landmarks, _ = q_marks.shape
     all_valid = torch.ones(batch, landmarks, dtype=torch.bool, device=values.device)
     rows = (all_valid if q_counts is None else q_counts > 0)[:, None, :, None]
@@ -92,7 +92,7 @@ def pinv_reference(
 
 
 def inverse_reference(a: Tensor, z: Tensor, iterations: int) -> Tensor:
-    """Return Z_T for Z_0 = z. Both are (..., L, L)."""
+    """Return Z_T for A = a and Z_0 = z, which are (..., L, L)."""
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     for _ in range(iterations):
         x = a @ z

@@ -1,4 +1,4 @@
-"""project: compute K slots as weighted sums of N tokens. The weights do not depend on the tokens.
+"""project: compute K slots (see aggregate.py) as weighted sums of N tokens. The weights do not depend on the tokens.
 
     keys_j = sum_n E_nj k_n            values_j = sum_n F_nj v_n
 
@@ -33,15 +33,16 @@ def project(
 
     Args:
         k: (batch, heads, N, D). Views with last stride 1 are not copied.
-        v: (batch, heads, N, E), in k's dtype.
-        key_projection: E, (heads or 1, N, K), float32 or in k's dtype.
-        value_projection: F, with the same shape as key_projection. If None, key_projection is also used for values.
+        v: (batch, heads, N, V), in k's dtype.
+        key_projection: weights E of the keys, (heads or 1, N, K), float32 or in k's dtype.
+        value_projection: weights F of the values, with the same shape as key_projection. If None, key_projection is also used
+            for values.
         mask: bool (batch, N), True = valid.
         rotary: rotary embedding of k.
         backend: "torch" or "triton".
 
     Returns:
-        keys (batch, heads, K, D) in k's dtype and values (batch, heads, K, E) in float32 (float64 for float64 tokens).
+        keys (batch, heads, K, D) in k's dtype and values (batch, heads, K, V) in float32 (float64 for float64 tokens).
         Differentiable in k, v, both projections and rotary.angles.
     """
     k, v, key_projection = unit_last_stride(k), unit_last_stride(v), unit_last_stride(key_projection)

@@ -25,10 +25,10 @@ GROUPS = {each.__name__: each for each in (Rotary, Pool, Statistics, LandmarkGra
 
 
 class Operator:
-    """An operator of `torch.library` whose plain eager calls bypass the dispatcher.
+    """A `torch.library` operator whose plain eager calls bypass the dispatcher.
 
-    Compilers, function and dispatch modes, and subclasses of Tensor see torch.ops.vix_kernels.<name>. If none of them is
-    involved, going through the dispatcher would only add overhead.
+    Compilers, function modes, dispatch modes and Tensor subclasses see the registered operator torch.ops.vix_kernels.<name>. If
+    a call involves none of them, the dispatcher would only add overhead.
     """
 
     registered: torch._ops.OpOverload
@@ -149,7 +149,7 @@ def plain(arguments: Sequence[Any]) -> bool:
 
 @cache
 def _function(package: str, module: str, name: str) -> Callable:
-    """Return an implementation. Its module is imported only when it is needed, because Triton may not be installed."""
+    """Import and return an implementation. The import is deferred until the first call, because Triton may not be installed."""
     return getattr(import_module(f"vix_kernels.{package}.{module}"), name)
 
 
@@ -171,7 +171,7 @@ def needs_autograd(inputs: Iterable[Any]) -> bool:
 
     This is the case if an input requires a gradient and gradients are enabled, if the call is being compiled, or if
     forward-mode AD is active. In all other cases, calling the operator directly returns bit-identical results and saves no
-    tensors. If forward-mode AD is active, the Function raises an error.
+    tensors. If forward-mode AD is active, the `autograd.Function` raises an error.
 
     Raises:
         NotImplementedError: a torch.func transform is active.

@@ -2,10 +2,10 @@
 
     u' = u cos - v sin            v' = u sin + v cos            for the pairs (u, v) of the first R channels
 
-To compute the gradients of q and k, backward rotates the gradients of the results by -angle, so it only needs cos and sin. The
-gradient of an angle is the cross product u dv - v du of a pair and its gradient, summed over all pairs that the angle rotates.
-The cross product is the same before and after the rotation. A pair with gradient 0, such as padding, contributes 0 even if it
-is NaN.
+To compute the gradients of q and k, the backward pass rotates the gradients of the results by -angle, so it needs only cos and
+sin. The gradient of an angle is the cross product u dv - v du of a pair and its gradient, summed over all pairs that the angle
+rotates. The cross product is the same before and after the rotation. A pair with gradient 0, such as padding, contributes 0
+even if it is NaN.
 """
 
 from __future__ import annotations

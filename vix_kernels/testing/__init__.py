@@ -1,4 +1,4 @@
-"""Specifications of operators for tests, benchmarks and users. Each contains test cases, a reference and costs.
+"""Specifications of operators for tests, benchmarks and users. Each specification contains test cases, a reference and costs.
 
 Example:
 

@@ -57,7 +57,8 @@ AGENT = OpSpec(
     cases=CASES,
     flops=lambda case: aggregate_flops(case) + broadcast_flops(case),
     exps=lambda case: aggregate_exps(case) + broadcast_exps(case),
-    # For every two matrix products in forward, backward needs five: one recomputes the logits, and four compute gradients.
+    # For every two matrix products in the forward pass, the backward pass needs five: one recomputes the logits, and four
+    # compute gradients.
     backward=2.5,
     public=True,
     compiled=(Case("", features=49),),  # the published number of agents

@@ -38,7 +38,7 @@ CASES = (
 
 
 def _feature(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Build a problem. `gaussian`, the factor of |k|^2 / 2, is 0, 0.25 or 1, so that its square root is exact."""
+    """Return tensors and options. `gaussian`, the factor of |k|^2 / 2, is 0, 0.25 or 1, so that its square root is exact."""
     qkv = make_qkv(case, tensor)
     mask, features = make_mask(case, qkv["k"], qkv["v"]), make_projection(case, qkv["q"])
     bias = tensor(*features.shape[:-1], dtype=torch.promote_types(qkv["q"].dtype, torch.float32))

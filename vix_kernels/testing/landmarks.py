@@ -26,7 +26,7 @@ def _landmarks(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Ten
     mask = make_mask(case, k, q)
     columns = (case.tokens - case.prefix) // case.rows
     options = dict(
-        prefix=case.tokens - case.rows * columns,  # tokens that do not fit in the grid come before it
+        prefix=case.tokens - case.rows * columns,  # leftover tokens come before the grid
         rows=case.rows,
         mark_rows=min(case.mark_rows, case.rows),
         mark_columns=min(case.features, columns),

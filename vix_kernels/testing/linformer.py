@@ -74,8 +74,8 @@ LINFORMER = OpSpec(
     cases=CASES,
     flops=lambda case: aggregate_flops(case) + broadcast_flops(case),
     exps=broadcast_exps,
-    # For every matrix product in `project`, backward needs two. For every two in `broadcast`, backward needs five: one
-    # recomputes the logits, and four compute gradients.
+    # The backward pass needs two matrix products for each one in `project`, and five for every two in `broadcast`. Of these
+    # five, one recomputes the logits, and four compute gradients.
     backward=2.25,
     public=True,
     compiled=(Case("", features=256),),  # the published number of projected tokens

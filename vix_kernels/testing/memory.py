@@ -1,4 +1,4 @@
-"""Measurement of the memory that autograd saves for backward."""
+"""Measure the memory that autograd keeps for the backward pass."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def kept_for_backward(function: Callable, inputs: tuple[Tensor, ...]) -> int:
-    """Return how many bytes autograd saves for the backward pass of function(*inputs).
+    """Return how many bytes autograd keeps for the backward pass of function(*inputs).
 
     Inputs, outputs and parameters are not counted.
     """

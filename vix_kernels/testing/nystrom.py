@@ -23,7 +23,7 @@ from .problem import (
     register,
 )
 
-CASES = (  # only a few cases, because they are slow in Triton's interpreter; the primitives have separate cases
+CASES = (  # only a few cases, because they are slow in Triton's interpreter; the operators in primitives/ have separate cases
     Case("plain", batch=1, taps=5, features=6, packed=True),
     Case("one_token", tokens=1, features=1),
     Case("odd_width", batch=1, width=24, value_width=40, features=5, tokens=20),
@@ -51,7 +51,7 @@ def _function(q: Tensor, k: Tensor, v: Tensor, conv_weight: Tensor, **options: A
 
 
 def _with_landmarks(count: Callable[[Case], int]) -> Callable[[Case], int]:
-    """Return a version of `count` for Nystrom attention, whose slots are the landmarks and the prefix tokens."""
+    """Return a function that calls `count` with the total number of landmarks and prefix tokens as `features`."""
     return lambda case: count(Case(**{**vars(case), "features": _landmarks(case) + case.prefix}))
 
 

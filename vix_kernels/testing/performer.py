@@ -1,4 +1,4 @@
-"""Specifications of Performer attention and its two primitives."""
+"""Specifications of Performer attention, and of `aggregate` and `broadcast`, which compute it."""
 
 from __future__ import annotations
 
@@ -89,10 +89,10 @@ def _broadcast(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Ten
 
 
 def _slots(case: Case, tensor: Callable[..., Tensor], tokens: Tensor) -> Tensor:
-    """Draw slots.
+    """Return random slots for `aggregate` or `broadcast`.
 
-    If `case.per_head` is set, they resemble pooled tokens and have the dtype of the problem. Otherwise, they are random
-    features in float32 (float64 for float64 tokens).
+    If `case.per_head` is set, they differ between samples and heads, like pooled tokens, and have the dtype of the problem.
+    Otherwise, they are random features in float32 (float64 for float64 tokens).
     """
     if case.per_head:
         return tensor(case.batch, case.heads, case.features, case.width)

@@ -24,7 +24,7 @@ CASES = (
 
 
 def _pinv(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Draw landmarks.
+    """Return random landmarks of queries and keys, random values, and options.
 
     In a masked case, some landmarks have no valid token and contain NaN. If there is more than one sample, this includes all
     landmarks of the last sample.
@@ -63,6 +63,6 @@ PINV = OpSpec(
     cases=CASES,
     flops=_flops,
     exps=lambda case: case.batch * case.heads * case.features**2,
-    backward=3.0,  # backward recomputes the four products of each iteration and needs eight more for the gradients
+    backward=3.0,  # the backward pass recomputes the four products of each iteration, and needs eight more
 )
 register(PINV)

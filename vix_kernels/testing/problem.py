@@ -39,7 +39,7 @@ class Case:
     mark_rows: int = 1  # rows of landmarks; each row has `features` landmarks
     adaptive: bool = False  # whether landmarks use the windows of adaptive pooling, which may overlap
     learned: bool = False  # whether random features require gradients
-    exact: int = 0  # number of leading queries that attend by exact softmax
+    exact: int = 0  # number of leading queries with exact softmax attention
     eps: float = 0.125  # eps of linear attention; large enough to change results, and exact in float32
 
 
@@ -105,11 +105,11 @@ class OpSpec:
         rotates: whether every problem of the operator has rotary angles.
         public: whether users call the operator. Public operators are benchmarked, their memory traffic is counted, and
             `vix check` lists them.
-        compiled: cases for the compile report. The report sets batch, heads, tokens and width. `features` is 0 in a case
+        compiled: cases for `vix dev compile-report`. The report sets batch, heads, tokens and width. `features` is 0 in a case
             without slots. The name of the case is appended to the name of the operator. If the operator supports masks, the
-            report adds a copy of the first case with a mask. If the operator is an attention that supports the "half" layout of
-            the rotary embedding, the report adds a copy with this layout.
-        variants: more cases for the compile report, without such copies.
+            report adds a copy of the first case with a mask. If the operator computes attention and supports the "half" layout
+            of the rotary embedding, the report adds a copy with this layout.
+        variants: more cases for `vix dev compile-report`, without such copies.
         most_features: upper limit of `features` in measurements. See `fit`.
 
     measure/costs.py counts the bytes and launches of an operator.
@@ -134,7 +134,7 @@ class OpSpec:
 
     @property
     def attends(self) -> bool:
-        """Whether the operator is an attention with queries, keys and values."""
+        """Whether the operator computes attention from queries, keys and values."""
         return {"q", "k", "v"} <= set(self.differentiable)
 
     def fit(self, case: Case) -> Case:
@@ -150,7 +150,7 @@ class OpSpec:
     def problem(
         self, case: Case, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0
     ) -> Problem:
-        """Draw the inputs of `case`. For a given seed, they are equal for all dtypes and devices up to rounding."""
+        """Return a problem with random inputs. For a given seed, they are equal for all dtypes and devices up to rounding."""
         generator = torch.Generator().manual_seed(seed)
 
         def tensor(*shape: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
@@ -161,11 +161,11 @@ class OpSpec:
 
 
 SPECS: dict[str, OpSpec] = {}
-REGISTERING: set[str] = set()  # modules that register operators when they are imported; worker processes import them, too
+REGISTERING: set[str] = set()  # modules that register operators when they are imported; worker processes also import them
 
 
 def register(*specs: OpSpec) -> None:
-    """Register operators for tests and measurements. Other packages can register operators, too.
+    """Register operators for tests and measurements. Other packages can also register operators.
 
     Raises:
         ValueError: one of the names is already registered.
@@ -178,7 +178,7 @@ def register(*specs: OpSpec) -> None:
 
 
 def draw(spec: OpSpec, case: Case, dtype: torch.dtype, device: str) -> Problem:
-    """Draw the inputs of `case` directly on the device. For large sizes, this is faster than `spec.problem`.
+    """Return a problem whose inputs are drawn directly on the device. For large inputs, this is faster than `spec.problem`.
 
     Differentiable tensors require gradients, but `fixed` tensors require them only if the case is `learned`.
     """

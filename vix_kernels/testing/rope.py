@@ -42,11 +42,14 @@ def _with_frequencies(build: Callable) -> Callable:
 
 
 def _mixed(function: Callable) -> Callable:
-    """Return a version of `function` with an additional last tensor, the frequencies of rope_mixed."""
+    """Return a function that calls `function` with a rotary embedding from `rope_mixed`.
+
+    The last tensor argument of the returned function contains the frequencies.
+    """
 
     def mixed(q: Tensor, *tensors: Tensor, rows: int, layout: str, prefix: int, **options: Any) -> Any:
         *tensors, frequencies = tensors
-        columns = (q.shape[2] - prefix) // rows  # tokens that do not fit in the grid come before it
+        columns = (q.shape[2] - prefix) // rows  # leftover tokens come before the grid
         rope = rope_mixed(rows, columns, frequencies, layout=layout, prefix_tokens=q.shape[2] - rows * columns)
         return function(q, *tensors, rope=rope, **options)
 

@@ -1,4 +1,4 @@
-"""Train the models of this library and of timm without a training framework. The command line is `vix train`."""
+"""Train models from this library or timm without a training framework. The command is `vix train`."""
 
 from .config import Config, UserError
 

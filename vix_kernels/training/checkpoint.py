@@ -1,6 +1,7 @@
 """Checkpoints of a run.
 
-A crash cannot damage a checkpoint. Loading a checkpoint executes no code from it. Any number of processes can load it.
+A crash cannot damage a checkpoint. Loading a checkpoint executes no code from it. A run can be resumed with a different
+number of processes.
 
 Without FSDP2, a checkpoint is one file. With FSDP2, the tensors are not in this file: each process writes its shards to a
 common folder with torch.distributed.checkpoint. The file contains the name of the folder, and is written last.
@@ -88,7 +89,7 @@ def _write_shards(folder: Path, checkpoint: Checkpoint) -> Checkpoint:
 
 
 def write(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a file for torch.load.
+    """Save `checkpoint` to `path` with `torch.save`.
 
     Raises:
         OSError: the file cannot be written.
@@ -149,7 +150,7 @@ def existing_checkpoint(path: str | Path, flag: str = "--resume") -> Path:
 
 
 def _read_shards(folder: Path, checkpoint: Checkpoint) -> None:
-    """Load the tensors in `folder`, and put them back into the dicts in `checkpoint` that they came from."""
+    """Load the tensors in `folder` into the entries "model", "optimizer" and "ema" of `checkpoint`, which are dicts."""
     reader = _Reader(folder)
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)

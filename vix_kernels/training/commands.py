@@ -93,7 +93,7 @@ def parse_train(parser: Parser, argv: list[str]) -> Config:
     Flags override a recipe, a recipe overrides a --config file, and the file overrides the settings of a resumed run or the
     defaults.
     """
-    # An attribute of `first` that is None here is still None unless the flag is given.
+    # In `first`, these three settings are None unless their flags are given.
     first = parser.parse_args(argv, argparse.Namespace(epochs=None, distill=None, distill_weight=None))
     settings = _read_settings(first.config) if first.config else {}
     if first.resume:
@@ -211,7 +211,7 @@ examples:
 def validate_command(argv: list[str]) -> int:
     description = "Evaluate a trained model on held-out images, and draw confusion.png and mistakes.png."
     parser = _user_parser("validate", description, VALIDATE_EXAMPLES)
-    parser.add_argument("--dataset", metavar="NAME", help="as for vix train (default: the training data set)")
+    parser.add_argument("--dataset", metavar="NAME", help="as for vix train (default: the training dataset)")
     parser.add_argument("--data-dir", metavar="DIR", help="as for vix train (default: as in training)")
     parser.add_argument("--output", metavar="DIR", help="folder for the plots (default: validate-NAME next to the checkpoint)")
     options = parser.parse_args(argv)
@@ -227,7 +227,7 @@ def validate_command(argv: list[str]) -> int:
         trained = load_trained(options.checkpoint, device)
         config, name = trained.config, options.dataset or trained.config.dataset
         if not name:
-            raise UserError(f"--dataset: expected a name, got none: {options.checkpoint} does not name its data set")
+            raise UserError(f"--dataset: expected a name, got none: {options.checkpoint} does not name its dataset")
         if trained.mean is None:
             print(f"note: {options.checkpoint} has no mean and std: using those of {name}", file=sys.stderr)
         size = tuple(trained.model.img_size) if options.dataset else config.img_size

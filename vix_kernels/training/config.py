@@ -71,7 +71,7 @@ class Config:
     """The settings of a run. Each field is also a flag of `vix train`, and the help of the flag describes it."""
 
     model: str = setting(
-        "hybrid_vip", "name of a model that `vix models` lists, or timm:NAME for a model of timm", metavar="NAME", group="model"
+        "hybrid_vip", "name of a model that `vix models` lists, or timm:NAME for a timm model", metavar="NAME", group="model"
     )
     model_kwargs: dict[str, Any] = setting({}, "arguments of the model, such as depth=2 (default: none)", metavar="K=V")
     pretrained: bool = setting(False, "download the weights of a timm model")
@@ -81,7 +81,7 @@ class Config:
     initial_checkpoint: str | None = setting(
         None,
         "start from the weights in a run folder, a checkpoint, a folder written by save_model or vix linearize, or a "
-        ".safetensors or .pth file; positions are resampled, and a head for other classes is newly initialized "
+        ".safetensors or .pth file; position embeddings are resampled, and a head for other classes is newly initialized "
         "(default: random weights)",
         metavar="PATH",
     )
@@ -101,7 +101,7 @@ class Config:
         group="data",
     )
     data_dir: str | None = setting(
-        None, "folder of the named data sets, also for downloads (default: the user's cache)", metavar="DIR"
+        None, "folder of the named datasets, also for downloads (default: the user's cache)", metavar="DIR"
     )
     img_size: int | None = setting(
         None, "resize and crop the images to N x N pixels (default: keep their size)", metavar="N", bound=POSITIVE
@@ -192,13 +192,13 @@ class Config:
 
     @classmethod
     def settings(cls) -> Iterator[tuple[Field, dict[str, Any]]]:
-        """Yield each field with the arguments that were passed to `setting`."""
+        """Yield each field and a dict with the arguments that were passed to `setting`, except the default."""
         return ((each, dict(each.metadata)) for each in fields(cls))
 
     def steps(self, images: int) -> int:
         """Return the number of steps per epoch for `images` training images.
 
-        The images are divided into batches of nearly equal size. If all batches but the last were full, the last one could have
+        The images are split into batches of nearly equal size. If all batches but the last were full, the last one could have
         a single image, for which batch norm fails.
         """
         return math.ceil(images / self.batch_size)

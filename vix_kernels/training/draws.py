@@ -1,7 +1,7 @@
 """Random numbers for a run.
 
-They are derived from the seed and from the place in the run, such as the epoch and the step. Resuming a run exactly therefore
-requires no saved generator state.
+They are derived from the seed and the current position in the run, such as the epoch and the step. Therefore, a run can be
+resumed exactly without a saved generator state.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# A seed consists of one of these prefixes and a place, so different uses of the same place get different random numbers.
+# Each generator is seeded with one of these prefixes and `place`, so that generators with the same `place` differ.
 ORDER, IMAGES, TORCH = 1, 2, 4
 
 

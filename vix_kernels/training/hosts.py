@@ -1,4 +1,4 @@
-"""Image classifiers of timm and transformers, with the interface of this library's models."""
+"""Image classifiers from timm and transformers, with the interface of this library's models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class HostModel(nn.Module):
     """A classifier from timm or transformers that maps images (batch, in_chans, *img_size) to logits.
 
     Attributes:
-        host: the model.
+        host: the timm or transformers model.
         in_chans, img_size, num_classes: the shape of its inputs and outputs. The argument `shape` (channels,
             height and width of the images of a run) overrides in_chans and img_size, because a model for images of any size
             does not store an image size.
@@ -69,13 +69,13 @@ def image_shape(host: nn.Module) -> tuple[int, tuple[int, int], int]:
     size = getattr(getattr(host, "patch_embed", None), "img_size", None) or cfg.get("input_size", (3, None, None))[1:]
     classes = getattr(host, "num_classes", None)
     if not classes or None in size:
-        raise UserError(f"--model: expected an image classifier of timm or transformers, got {type(host).__name__}")
+        raise UserError(f"--model: expected a timm or transformers image classifier, got {type(host).__name__}")
     first = next((each for each in host.modules() if isinstance(each, nn.Conv2d)), None)
     return 3 if first is None else first.in_channels, tuple(size), classes
 
 
 def create_host(spec: str, checkpoint: str | None, pretrained: bool, **arguments: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """Create the model that `spec` names: "timm:NAME", or "hf:FOLDER" for a folder that transformers saved.
+    """Create the model that `spec` names: "timm:NAME", or "hf:FOLDER" for a model that transformers saved in FOLDER.
 
     Args:
         checkpoint: a .safetensors or .pth file with the weights of a timm model. If `arguments` contains num_classes, the head
@@ -84,7 +84,7 @@ def create_host(spec: str, checkpoint: str | None, pretrained: bool, **arguments
         arguments: arguments of timm.create_model.
 
     Returns:
-        The model, and the names of its classes and the mean and std of its images, if they are known.
+        The model, and a dict that describes the training images with "classes", "mean" and "std". Unknown entries are missing.
 
     Raises:
         UserError: the model is unknown, its weights cannot be loaded, or `checkpoint` or `pretrained` is set for "hf:FOLDER".
@@ -209,7 +209,7 @@ def make_model(
     """Create the model of a run. Its weights are random, unless `pretrained` is set.
 
     Args:
-        config: the settings of the run: `model`, and `attention` and `backend` for a model of timm.
+        config: the settings of the run. `model` is used, and for a timm model also `attention` and `backend`.
         arguments: the arguments of the model.
         shape: channels, height and width of the images of the run.
     """

@@ -25,11 +25,13 @@ FLAG = "--initial-checkpoint"
 
 
 def load_initial(model: nn.Module, path: str, classes: Sequence[str]) -> None:
-    """Load weights into `model`. Positions are resampled. If the classes differ, the head of `model` keeps its weights.
+    """Load trained weights into `model`.
 
-    If the saved model has a different attention, the linear layers and norms of the attention layers are loaded. Parameters
-    that only the saved attention has, such as learned features, are ignored. Parameters that only the attention of `model` has
-    keep their values.
+    Position embeddings are resampled. If the classes differ, the head of `model` keeps its weights.
+
+    If the saved model has a different type of attention, its attention layers contribute only linear layers and norms.
+    Parameters that only the saved attention layers have, such as learned features, are ignored. Parameters that only the
+    attention layers of `model` have keep their values.
 
     Args:
         classes: the names of the classes of the new model.
@@ -37,8 +39,8 @@ def load_initial(model: nn.Module, path: str, classes: Sequence[str]) -> None:
             .pth file.
 
     Raises:
-        UserError: the file is missing or damaged, positions cannot be resampled, or weights other than positions and the
-            head do not fit.
+        UserError: the file is missing or damaged, position embeddings cannot be resampled, or other weights outside the head
+            do not match.
     """
     file = Path(path)
     source, state, data = _read(file)
@@ -86,7 +88,10 @@ def _source(config: dict[str, Any], arguments: dict[str, Any], shape: Any, path:
 
 
 def _adapted(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Adapt weights that `adapt_state` does not support: add the prefix of HostModel to the names, and resample positions."""
+    """Adapt weights that `adapt_state` does not support.
+
+    Add HostModel's prefix to the names if it is missing, and resample position embeddings.
+    """
     expected = model.state_dict()
     if isinstance(model, HostModel) and not any(name.startswith("host.") for name in state):
         state = {f"host.{name}": value for name, value in state.items()}
@@ -113,9 +118,9 @@ def _resampled(name: str, value: Tensor, wanted: Tensor, model: nn.Module) -> Te
 
 
 def _of_attention(name: str, layers: list[str]) -> bool:
-    """Return whether an entry, such as random features, belongs to an attention but not to its linear layers or norms.
+    """Return whether a state dict entry belongs to an attention layer, but not to its linear layers or norms.
 
-    Models with different attentions have different entries of this kind.
+    An example is a tensor of random features. Models with different types of attention differ in these entries.
 
     Args:
         layers: the names of the attention modules of this library.

@@ -113,7 +113,7 @@ def train_step(state: State, inputs: Tensor, targets: Tensor, lr: float, batch: 
 
 
 def redraw_features(state: State) -> None:
-    """Redraw the random features of every Performer.
+    """Redraw the random features of all Performer attention layers.
 
     All processes draw the same features, because the features of a module depend only on its seed and on the number of redraws.
     """
@@ -138,7 +138,10 @@ def check_finite(state: State, eval_loss: float = 0.0) -> None:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, dataset: Dataset, config: Config, ranks: Ranks | None = None) -> dict[str, float]:
-    """Return loss, top-1 and top-5 accuracy (in percent) on all held-out images. All processes must call this function."""
+    """Return the mean loss, and the top-1 and top-5 accuracy in percent, on all held-out images.
+
+    All processes must call this function.
+    """
     ranks = ranks or Ranks()
     average_batch_norm(model, ranks)
     sums = torch.zeros(4, dtype=torch.float64)

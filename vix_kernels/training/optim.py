@@ -91,7 +91,8 @@ def layer_scales(names: Sequence[str], head: Collection[str], decay: float) -> d
 
     The factor is 1 for the head and the parameters after the last block, such as a norm or pooling. It is `decay` for the last
     block, `decay` squared for the block before it, and so on. Parameters between two blocks have the factor of the block
-    before them. Positions and the parameters before the first block, such as patch embeddings, have the smallest factor.
+    before them. Position embeddings and all parameters before the first block, such as patch embeddings, have the smallest
+    factor.
 
     Args:
         names: the names of the parameters, in the order of the model.
@@ -107,7 +108,7 @@ def layer_scales(names: Sequence[str], head: Collection[str], decay: float) -> d
         if found := re.match(r"(.*\b(?:\w*blocks\w*|layers?)\.\d+)\.", name):  # such as blocks_token_only.0 in cait
             layers[name] = blocks.setdefault(found[1], len(blocks) + 1)
             top = set(head)
-        elif re.match(r"(host\.)?pos_", name):  # twins registers its positions after the blocks
+        elif re.match(r"(host\.)?pos_", name):  # twins registers its position encodings after the blocks
             layers[name] = 0
         else:
             layers[name] = len(blocks)

@@ -1,7 +1,7 @@
 """Training with DDP or FSDP2 in several processes that torchrun starts.
 
-The batches are the same as in a single process, and the processes divide the images of each batch. The random numbers for an
-image do not depend on the process that gets it, so a run can be resumed with a different number of processes. Apart from
+The batches are the same as in a single process. The images of each batch are split among the processes. The random numbers for
+an image do not depend on the process that gets it, so a run can be resumed with a different number of processes. Apart from
 rounding errors, only dropout, stochastic depth and the batch-norm statistics depend on the number of processes. Each process
 computes the batch-norm statistics from its local images.
 """
@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .config import SharedError, UserError
 
 T = TypeVar("T")
-BLOCKS = ("blocks", "layers", "network", "stages")  # names of sequences of blocks in models of this library and timm
+BLOCKS = ("blocks", "layers", "network", "stages")  # names of block lists in models from this library and timm
 _connections = count()
 
 
@@ -155,7 +155,10 @@ class Ranks:
         return result[0]
 
     def fails_first(self) -> bool:
-        """Return whether this process is the first to fail. The others fail later, when their connections to it break."""
+        """Record that this process has failed, and return whether it is the first to fail.
+
+        The other processes fail later, when their connections to the first one break.
+        """
         if self.world == 1:
             return True
         try:
@@ -211,7 +214,7 @@ def connected() -> Iterator[Ranks]:
 def shard(model: nn.Module, device: torch.device) -> None:
     """Shard the parameters across the processes with FSDP2. Each process gathers the parameters of one block at a time.
 
-    Blocks are the items of lists and sequences whose names are in `BLOCKS`.
+    Blocks are the items of each `nn.ModuleList` and `nn.Sequential` whose name is in `BLOCKS`.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for name, module in reversed(list(model.named_modules())):  # inner blocks first

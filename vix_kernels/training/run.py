@@ -1,4 +1,4 @@
-"""Train the model that a `Config` describes: epochs, checkpoints, messages and plots."""
+"""Train the model that a `Config` describes, save checkpoints, print messages and draw plots."""
 
 from __future__ import annotations
 
@@ -176,7 +176,10 @@ class Run:
         self.new = self.ranks.decided(lambda: not resumes(self.output, self.resume))
 
     def open(self) -> None:
-        """Create and lock the folder if it does not exist yet, and write the first files."""
+        """Create and lock the folder if it does not exist yet. Write args.yaml and, for a new folder, last.pt.
+
+        If a run is resumed in a new folder, also copy best.pt and write summary.csv.
+        """
         history = self.state.history
         branches = self.new and bool(history)  # True if a run is resumed in a new folder, to which best.pt is copied
         with self.ranks.agreed(), output_errors(self.output):

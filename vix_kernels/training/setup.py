@@ -87,7 +87,7 @@ def check_tensorboard() -> None:
 
 
 def check_processes(config: Config, ranks: Ranks) -> None:
-    """Raise `UserError` if the settings do not fit the number of processes."""
+    """Raise `UserError` for --fsdp with one process, and for several processes with neither --output nor --resume."""
     if config.fsdp and ranks.world == 1:
         advice = "resume with --no-fsdp" if config.resume else "start several with torchrun --nproc-per-node N -m vix_kernels"
         raise UserError(f"--fsdp: expected several processes, got one: {advice}")
@@ -124,7 +124,7 @@ def check_batches(config: Config, ranks: Ranks, images: int) -> None:
 def build_model(config: Config, source: Source, device: torch.device, fresh: bool = True) -> tuple[nn.Module, dict[str, Any]]:
     """Create the model, and test it on zeros. If `fresh` is False, a checkpoint with the weights is loaded later.
 
-    The image shape and the number of classes come from the data set. So does the patch size of a model of this library, unless
+    The image shape and the number of classes come from the dataset. So does the patch size of a model of this library, unless
     --model-kwargs or the model's preset sets it.
 
     Returns:
@@ -169,7 +169,7 @@ def build_model(config: Config, source: Source, device: torch.device, fresh: boo
 
 
 def _zoo_arguments(config: Config, source: Source, shape: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a model of this library. Its preset overrides the patch size that the data set suggests."""
+    """Return the arguments of a model of this library. Its preset overrides the patch size that the dataset suggests."""
     try:
         applicable = source.model_kwargs.keys() & takes(config.model) - preset(config.model).keys()
         kwargs = shape | {key: source.model_kwargs[key] for key in applicable} | config.model_kwargs
@@ -196,7 +196,7 @@ def check_smallest_batch(config: Config, model: nn.Module, ranks: Ranks, images:
 def check_same_run(checkpoint: Checkpoint, config: Config, model_kwargs: dict[str, Any], source: Source) -> None:
     """Raise `UserError` if the run of `checkpoint` differs from this run, or has started more epochs than --epochs.
 
-    The model and its arguments, the attention, the seed, the initial weights, the image shape and the classes are compared.
+    The model and its arguments, --attention, the seed, the initial weights, the image shape and the classes are compared.
 
     If the checkpoint was saved in the middle of an epoch, its batch size must also equal the batch size of this run.
     """
@@ -227,7 +227,7 @@ def check_same_run(checkpoint: Checkpoint, config: Config, model_kwargs: dict[st
 def check_same_data(checkpoint: Checkpoint, config: Config, dataset: Dataset) -> None:
     """Raise `UserError` if the run of `checkpoint` had a different number of training or held-out images.
 
-    The path of the data set and the pixel statistics are not compared. The path may have changed, and the statistics depend on
+    The path of the dataset and the pixel statistics are not compared. The path may have changed, and the statistics depend on
     the JPEG decoder.
     """
     description = dataset.description()

@@ -94,7 +94,7 @@ class State:
         """Restore the state from `checkpoint`. If it contains no moving average, the average starts from the saved weights.
 
         Raises:
-            UserError: the checkpoint does not fit the model.
+            UserError: the checkpoint does not match the model.
         """
         try:
             load_placed(self.model, checkpoint["model"])

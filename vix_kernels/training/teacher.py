@@ -17,7 +17,7 @@ class Teacher:
     Args:
         config: the settings of the student's run.
         model: the student.
-        dataset: the data set, which normalizes the student's inputs.
+        dataset: the dataset, whose mean and std normalize the student's inputs.
 
     Raises:
         UserError: the teacher cannot be loaded, or its image shape, classes or number of features differ from the student's.

@@ -126,7 +126,7 @@ def _load_saved(file: Path, device: torch.device) -> Trained:
 
 
 def load_host(spec: str, checkpoint: str | None, pretrained: bool, device: torch.device) -> Trained:
-    """Load a classifier of timm or transformers. For the arguments, see hosts.create_host."""
+    """Load a classifier from timm or transformers. For the arguments, see hosts.create_host."""
     host, data = create_host(spec, checkpoint, pretrained)
     model = classifier(host, data).to(device).eval()
     return Trained(Path(spec), Config(model=spec, dataset=""), model, *_training_images(model, device))
@@ -168,7 +168,7 @@ class Evaluation:
     probability: Tensor
 
     def worst_pairs(self, number: int) -> list[tuple[int, int, int]]:
-        """Return (number of images, true class, predicted class) for the `number` most common mistakes."""
+        """Return (count, true class, predicted class) for the `number` most frequently confused pairs of classes."""
         wrong = self.confusion - self.confusion.diag().diag()
         counts, places = wrong.flatten().topk(min(number, wrong.numel()))
         return [(int(n), *divmod(int(place), len(wrong))) for n, place in zip(counts, places, strict=True) if n]
@@ -243,7 +243,7 @@ def attention_map(trained: Trained, image: Tensor) -> Tensor:
     The result has the shape (rows, columns) of the grid of patches.
 
     Raises:
-        UserError: the model has no class token, or its last block has no attention.
+        UserError: the model has no class token, or its last block has no attention layer.
     """
     model = trained.model
     attention = model.blocks[-1].attn if getattr(model, "num_prefix_tokens", 0) else None

@@ -124,5 +124,5 @@ def _gray(x: Tensor) -> Tensor:
 
 
 def _extrapolate(other: Tensor, x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
-    """Move x toward `other` (sign -1) or away from it (sign 1) by 0.99 * strength of their difference, and clamp to [0, 1]."""
+    """Move x toward `other` (sign -1) or away from it (sign 1) by 0.99 * strength * |x - other|, and clamp to [0, 1]."""
     return torch.lerp(other.expand_as(x), x, 1 + 0.99 * sign * strength).clamp(0, 1)

@@ -1,4 +1,4 @@
-"""Data sets. Each format has one module in this folder. To add a format, add a module and call its reader in `_opened`."""
+"""Datasets. Each format has one module in this folder. To add a format, add a module and call its reader in `_opened`."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ Size = int | tuple[int, int]
 
 
 def load_dataset(name: str, img_size: Size | None = None, **options: Any) -> Dataset:
-    """Open a data set with `open_dataset`, and load its images."""
+    """Open a dataset with `open_dataset`, and load its images."""
     return open_dataset(name, img_size, **options).load()
 
 
 def open_dataset(
     name: str, img_size: Size | None = None, *, data_dir: str | None = None, stream: bool | None = None, workers: int = 4
 ) -> Source:
-    """Open a data set by its name or path. Images in packs and folders are decoded later, by `Source.load` or on demand.
+    """Open a dataset by its name or path. Images in packs (.npz files) and folders are decoded later.
 
     Args:
         name: a name from NAMES, or the path of a pack or folder in one of FORMATS.
         img_size: (height, width) in pixels to which the images are resized and cropped. An integer means a square. If None, the
             images keep their size.
-        data_dir: the folder that contains named data sets, and to which they are downloaded. If None, a folder in the
+        data_dir: the folder that contains named datasets, and to which they are downloaded. If None, a folder in the
             user's cache is used.
         stream: whether to decode images in folders on demand instead of in advance. If None, they are decoded on demand if
             they would take more than 4 GiB of memory.
         workers: the number of processes that decode streamed images. If 0, this process decodes them.
 
     Raises:
-        UserError: if the data set is missing, damaged, or in an unknown format, or if it does not support `stream`.
+        UserError: if the dataset is missing, damaged, or in an unknown format, or if it does not support `stream`.
             `Source.load` also raises this error.
         ValueError: if `img_size` is not a positive integer or a pair of positive integers.
     """
@@ -94,7 +94,7 @@ def _opened(name: str, size: tuple[int, int] | None, data_dir: str | None, strea
 
 
 def _resized(dataset: Dataset, size: tuple[int, int]) -> Dataset:
-    """Return a data set in memory whose batches are resized to `size`. The mean and std are those of the original images."""
+    """Return a copy of `dataset` whose batches are resized to `size`. Its mean and std are those of the original images."""
     train, test = (replace(part, size=size, max_value=dataset.max_value) for part in (dataset.train, dataset.test))
     return replace(dataset, train=train, test=test)
 
@@ -109,4 +109,4 @@ def _reading(name: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"--dataset: cannot read {name}, which is missing, damaged or not a data set: {error!r}") from error
+        raise UserError(f"--dataset: cannot read {name}, which is missing, damaged or not a dataset: {error!r}") from error

@@ -25,7 +25,7 @@ BINARY = {
     "cifar10": ([f"data_batch_{i}.bin" for i in range(1, 6)], "test_batch.bin", "batches.meta.txt", 1),
     "cifar100": (["train.bin"], "test.bin", "fine_label_names.txt", 2),
 }
-# The data set is in the given folder or in a subfolder that was unpacked from one of the original archives.
+# The dataset is in the given folder or in a subfolder that was unpacked from one of the original archives.
 FOLDERS = ("", "cifar-10-batches-py", "cifar-10-batches-bin", "cifar-100-python", "cifar-100-binary")
 
 

@@ -1,4 +1,4 @@
-"""The classes for data sets, and functions that the readers of all formats share."""
+"""The classes for datasets, and functions that the readers of all formats share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Augmentation = Callable[[Tensor, Draws], Tensor]
 
 @dataclass(frozen=True)
 class Source:
-    """A data set before its images are loaded. It has the information needed to create a model and to check a run."""
+    """A dataset before its images are loaded. It has the information needed to create a model and to check a run."""
 
     name: str
     classes: tuple[str, ...]
@@ -57,9 +57,9 @@ class Dataset:
         return {*self.unreadable, *self.train.unreadable, *self.test.unreadable}
 
     def description(self) -> dict[str, Any]:
-        """Return the description of this data set that is stored in checkpoints.
+        """Return the description of this dataset that is stored in checkpoints.
 
-        The description is used to normalize inputs, to name classes, and to check the data set of a resumed run.
+        The description is used to normalize inputs, to name classes, and to check the dataset of a resumed run.
         """
         return {
             "name": self.name,
@@ -98,7 +98,7 @@ def make_dataset(
     statistics: Tensor | None = None,
     unreadable: tuple[str, ...] = (),
 ) -> Dataset:
-    """Check the labels and names, compute the pixel statistics, and return the data set.
+    """Check the labels and names, compute the pixel statistics, and return the dataset.
 
     Args:
         patch_size: the suggested patch size for models. By default, the result of `suited_patch_size`.

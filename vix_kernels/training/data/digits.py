@@ -1,4 +1,4 @@
-"""Handwritten digits. They are part of scikit-learn, so nothing has to be downloaded."""
+"""Handwritten digits. They are part of scikit-learn and need no download."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .images import HeldImages
 
 
 def digits() -> Dataset:
-    """Return 1,797 handwritten digits of 8 x 8 pixels from scikit-learn. 360 of them (20 % of each class) are held out."""
+    """Return 1,797 handwritten digits of 8 x 8 pixels from scikit-learn. 360 of them (20% of each class) are held out."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

@@ -1,4 +1,4 @@
-"""Download, check and unpack named data sets."""
+"""Download, check and unpack named datasets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from ..config import UserError
 
 _CIFAR = "https://www.cs.toronto.edu/~kriz"
-# Maps each data set to its base URL, and to the names of its files with the checksums that the publisher states.
+# Maps the name of each dataset to its base URL, and to a dict from file names to the checksums that the publisher states.
 SOURCES: dict[str, tuple[str, dict[str, str]]] = {
     "cifar10": (_CIFAR, {"cifar-10-python.tar.gz": "md5:c58f30108f718f92721af3b95e74349a"}),
     "cifar100": (_CIFAR, {"cifar-100-python.tar.gz": "md5:eb9058c3a382ffc7106e4002c42a8d85"}),
@@ -42,14 +42,14 @@ SOURCES: dict[str, tuple[str, dict[str, str]]] = {
 
 
 def fetched(name: str, data_dir: str | None) -> Path:
-    """Return the folder of a named data set in `data_dir`. Download the data set first if the folder does not exist.
+    """Return the folder of a named dataset in `data_dir`. Download the dataset first if the folder does not exist.
 
     An existing folder is used without any check. If `data_dir` already contains the archive with the correct checksum, the
     archive is not downloaded again.
 
     Args:
         name: a name from SOURCES.
-        data_dir: the folder that contains the data sets. If None, a folder in the user's cache is used.
+        data_dir: the folder that contains the datasets. If None, a folder in the user's cache is used.
 
     Raises:
         UserError: if a download fails, a checksum differs, or this version of Python cannot unpack archives safely.

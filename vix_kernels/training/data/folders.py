@@ -1,4 +1,4 @@
-"""Read images, in advance or on demand, from a data set with one folder per class or with the layout of Tiny ImageNet."""
+"""Read images, in advance or on demand, from a dataset with one folder per class or with the layout of Tiny ImageNet."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .images import MOST_UNREADABLE, HeldImages, StreamedImages, decode, hidden,
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".avif", ".tif", ".tiff", ".ppm", ".pgm"}
 OTHER_SUFFIXES = {".heic", ".heif", ".jxl"}  # these need Pillow plugins; without them, the files are reported as unreadable
 HELD_OUT = ("val", "valid", "validation", "test")
-HELD_BYTES = 2**32  # maximum size of decoded images in memory; larger data sets are streamed by default
-SAMPLE = 512  # pixel statistics of streamed data sets use at least this many training images, if available
+HELD_BYTES = 2**32  # maximum size of decoded images in memory; larger datasets are streamed by default
+SAMPLE = 512  # pixel statistics of streamed datasets use at least this many training images, if available
 Files = list[tuple[Path, int]]  # image files and their labels
 
 

@@ -1,4 +1,4 @@
-"""Read MNIST and other data sets in its format: images and labels in four idx files, which may be compressed."""
+"""Read MNIST and other datasets in its format: images and labels in four idx files, which may be compressed."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from ..draws import sent
 if TYPE_CHECKING:
     from PIL import Image
 
-MOST_UNREADABLE = 0.01  # maximum fraction of unreadable images; above it, the data set is assumed to be damaged
+MOST_UNREADABLE = 0.01  # maximum fraction of unreadable images; above it, the dataset is assumed to be damaged
 
 
 class Images(Protocol):
@@ -39,7 +39,7 @@ class Images(Protocol):
         """Yield a batch of images and labels for each tensor of indices in `order`.
 
         By default, an image that cannot be decoded is skipped. With `replace_unreadable`, it is replaced by the next image in
-        the data set that can be decoded.
+        the dataset that can be decoded.
         """
         ...
 
