@@ -68,7 +68,7 @@ lint: $(READY)  ## check the style
 
 # The installed Triton compiles the kernels for all architectures. The oldest supported Triton, which is installed in a separate
 # folder, compiles them only for sm_90. Kernels that are already in the committed table are skipped. Two cores compile about one
-# kernel per second. Measuring the shared memory of every entry of the launch table takes more than half an hour.
+# kernel per second. Measuring the shared memory of every launch configuration takes more than half an hour.
 report: $(READY) $(VENV)/triton-$(OLDEST_TRITON)/.ready  ## compile changed kernels for seven GPU architectures; check budgets
 	$(BIN)/vix dev compile-report $(ARGS)
 	$(BIN)/vix dev compile-report --shared $(ARGS)

@@ -4,8 +4,8 @@ The teacher is a run of `vix train` on a dataset with labels. The script convert
 of features or landmarks, with and without exact softmax attention for the class token, and with every seed. Conversions to
 Nystrom attention use only the first seed. The script evaluates each converted model once on all held-out images. A row contains
 the agreement with the teacher, the accuracy, the mean Kullback-Leibler divergence, and the duration of the conversion in
-seconds. The first row is the teacher. The script writes linearize.csv after every conversion, continues an interrupted run, and
-draws linearize.png, with the times of bench/linearize_time.py if they are in the same folder.
+seconds. The first row is the teacher. The script writes linearize.csv after every conversion, and continues an interrupted run.
+At the end, it draws linearize.png, which includes the times of bench/linearize_time.py if they are in the same folder.
 """
 
 from __future__ import annotations
@@ -144,7 +144,10 @@ def compare(scores: Tensor, expected: Tensor, dataset: Dataset) -> dict[str, flo
 
 
 def draw(output: Path, rows: list[dict[str, Any]]) -> None:
-    """Plot disagreement and accuracy (means over seeds) against the number of features or landmarks, and times if measured."""
+    """Plot disagreement and accuracy (means over seeds) against the number of features or landmarks.
+
+    If TIMES exists in the output folder, also plot the times.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D

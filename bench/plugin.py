@@ -2,7 +2,7 @@
 
 The statistics, JSON files and comparisons of pytest-benchmark then contain device times, or CPU times if there is no GPU. The
 first test for an operator and a number of tokens checks and measures all providers (implementations of the operator), as
-described in vix_kernels/measure/operators.py. Each test then replays the times of its provider to pytest-benchmark.
+described in vix_kernels/measure/operators.py. Each test then passes the times of its provider to pytest-benchmark.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Race = dict[tuple[str, str], Result]  # (provider, direction) -> result
 
 
 class Recorded:
-    """A clock that advances only when recorded times are replayed."""
+    """A clock that advances only in the functions that `replay` returns."""
 
     def __init__(self) -> None:
         self.now = 0.0

@@ -2,11 +2,11 @@
 # Train two models to a target accuracy on one GPU. Usage: bench/train_on_gpu.sh OUT [--dry-run]
 #
 #   cifar10         hybrid_vin, 0.70 million parameters, to 90% top-1; the goal is under 5 minutes on an H100
-#   tiny-imagenet   hybrid_vin, 0.72 million parameters, to 46% top-1 (the best published log, that of CvN, reaches 45.48%)
+#   tiny-imagenet   hybrid_vin, 0.72 million parameters, to 46% top-1 (the best published log, for CvN, reaches 45.48%)
 #
 # Each run stops when it reaches its target. The last line of its output states its duration in seconds. Datasets are read
-# from DATA_DIR or downloaded. --dry-run trains each model for one epoch of digits on a CPU instead. Set PYTHON to use another
-# interpreter.
+# from DATA_DIR or downloaded. --dry-run trains each model for one epoch on the digits dataset, on a CPU. Set PYTHON to use a
+# different interpreter.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 out="${1:?bench/train_on_gpu.sh OUT [--dry-run]: the folder of the runs is missing}"

@@ -16,11 +16,11 @@ from .layers import init_linear
 
 
 class Level(NamedTuple):
-    """A point in a model that provides features: the output of a block, or of a stage in models with stages."""
+    """A point in a model where features can be extracted: the output of a block, or of a stage in models with stages."""
 
     module: str  # name of the block or stage
     width: int  # number of channels
-    grid: tuple[int, int]  # rows and columns of the token map
+    grid: tuple[int, int]  # height and width of the token map
 
 
 class Backbone(nn.Module):
@@ -118,7 +118,7 @@ class Backbone(nn.Module):
             resize(self, pair("img_size", img_size))
 
     def forward_trunk(self, x: Tensor, levels: int | None = None, outputs: list[Tensor] | None = None) -> Tensor:
-        """Map images to the tokens (B, num_prefix_tokens + patches, width) after all levels, or after the first `levels`.
+        """Map images to the tokens (B, num_prefix_tokens + patches, width) after the first `levels` levels. None: all levels.
 
         If `outputs` is a list, append the tokens after each level to it.
         """
@@ -174,7 +174,7 @@ class Backbone(nn.Module):
             indices: indices of levels in `feature_info`. An integer n selects the last n, and None selects all.
             return_prefix_tokens: return each feature as (feature, prefix tokens) if the model has prefix tokens.
             norm: apply the final norm to the features. In models with stages, the norm applies only to the last stage.
-            stop_early: skip the levels after the last chosen one. The returned tokens are then from this level.
+            stop_early: skip the levels after the last chosen level. The returned tokens are then those of this level.
             output_fmt: "NCHW" for maps (B, C, rows, columns), "NLC" for tokens (B, rows * columns, C).
             intermediates_only: return only the features.
         """
@@ -255,10 +255,10 @@ class Backbone(nn.Module):
         return dict(stem=r"^(?:cls_token|pos_embed|patch_embed|tokenizer|rope)", blocks=blocks)
 
     def token_maps(self) -> dict[str, tuple[tuple[int, int], int]]:
-        """Return a dict from module names to ((rows, columns), number of prefix tokens).
+        """Return a dict from module names to ((height, width) of the token map, number of prefix tokens).
 
-        The dict has an entry for each module whose parameters can have a token dimension. The rows and columns are the size of
-        the module's token map. The name "" refers to the whole model.
+        The dict has an entry for each module whose parameters can have a token dimension. The name "" refers to the whole
+        model.
         """
         raise NotImplementedError
 
@@ -272,7 +272,7 @@ def check_images(x: Tensor, in_chans: int, img_size: tuple[int, int]) -> None:
 
 
 def grid_of(img_size: tuple[int, int], patch_size: Any) -> tuple[int, int]:
-    """Return the rows and columns of the token map."""
+    """Return the height and width of the token map."""
     patch_size = pair("patch_size", patch_size)
     if any(size % patch for size, patch in zip(img_size, patch_size, strict=True)):
         raise ValueError(f"img_size: expected multiples of patch_size {patch_size}, got {img_size}")

@@ -35,7 +35,7 @@ class ConvTokenizer(nn.Sequential):
         super().__init__(*layers)
 
     def grid(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """Return the rows and columns of the token map. Convolutions and pooling layers pad by half their kernel size."""
+        """Return the height and width of the token map. Convolutions and pooling layers pad by half their kernel size."""
         for layer in self:
             if not isinstance(layer, nn.ReLU):
                 stride = layer.stride if isinstance(layer.stride, int) else layer.stride[0]
@@ -47,7 +47,9 @@ class ConvTokenizer(nn.Sequential):
 
 
 class CCT(Backbone):
-    """A compact convolutional transformer. `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
+    """A compact convolutional transformer (CCT, arXiv:2104.05704), whose tokens come from convolutions and max pooling.
+
+    `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
 
     Fixes relative to the original Vision Xformers models:
 
@@ -60,7 +62,7 @@ class CCT(Backbone):
     Args:
         mixer: a function that creates the token mixer of a layer; see models/mixers.py.
         kernel_size: kernel size of the tokenizer's convolutions. Must be odd.
-        strides: stride of each convolution. The length determines the number of convolutions.
+        strides: one stride for each convolution.
         pool_stride: stride of the pooling after each convolution.
         position: "learned" | "rope_1d" | "rope_axial" | "rope_mixed" | "none", as in VisionTransformer.
         global_pool: "seq" = mean of the tokens, weighted by softmax(w^T x) with a learned w; "avg" = mean of the tokens;

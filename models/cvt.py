@@ -20,7 +20,9 @@ from .stages import Pyramid, Stage, shrinking
 
 
 class CvT(Pyramid):
-    """A convolutional vision transformer. `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
+    """A convolutional vision transformer (CvT, arXiv:2103.15808), whose token map shrinks from stage to stage.
+
+    `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
 
     Fixes relative to the original Vision Xformers models:
 
@@ -104,7 +106,7 @@ class CvT(Pyramid):
 
 
 class ConvProjection(nn.Module):
-    """A mixer preceded by a depthwise convolution of the token map and batch normalization."""
+    """A depthwise convolution of the token map and batch normalization, followed by a mixer."""
 
     def __init__(self, attention: nn.Module, dim: int, grid: tuple[int, int]) -> None:
         super().__init__()

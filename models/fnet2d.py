@@ -20,7 +20,9 @@ from .layers import ConvStem, TokenBatchNorm, run_blocks
 
 
 class FNet2D(Backbone):
-    """A two-dimensional FNet. `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
+    """An FNet (arXiv:2105.03824) that transforms the rows, columns and channels of the token map.
+
+    `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
 
     Fixes relative to the original Vision Xformers models:
 

@@ -17,7 +17,7 @@ from .feed_forward import Mlp, feed_forward
 class PatchStem(nn.Module):
     """A strided convolution that creates one token per patch: (B, in_chans, H, W) -> (B, tokens, embed_dim).
 
-    As in timm, `patch_size` is the (height, width) of a patch, and `grid_size` is the (rows, columns) of the patch grid.
+    As in timm, `patch_size` is the (height, width) of a patch, and `grid_size` is the (height, width) of the patch grid.
     """
 
     def __init__(self, in_chans: int, embed_dim: int, patch_size: tuple[int, int], grid_size: tuple[int, int]) -> None:

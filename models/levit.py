@@ -2,8 +2,9 @@
 
     image -> convolutions -> stages x [depth x [x + attention(norm(x)), x + mlp(norm(x))]] -> norm -> mean -> head
 
-Between two stages, a convolution halves the rows and columns of the token map. LeViT has a convolutional stem, batch
-normalization, hardswish, and a learned attention bias instead of a position embedding.
+Between two stages, a convolution halves the height and width of the token map. All three models have a convolutional stem,
+batch normalization and hardswish. Instead of a position embedding, LeViT has a learned attention bias, and LeViN and LeViP have
+rotary embeddings.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from .stages import Pyramid, Stage, shrinking
 
 
 class LeViT(Pyramid):
-    """A LeViT. `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
+    """A LeViT (arXiv:2104.01136), a vision transformer whose token map shrinks from stage to stage.
+
+    `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
 
     Fixes relative to the original Vision Xformers models, which have no normalization:
 
@@ -42,7 +45,7 @@ class LeViT(Pyramid):
         patch_size: total stride of the stem. The stem has one convolution with stride 2 for each factor of 2, and at least
             three convolutions in total.
         embed_dim, depth, num_heads: one integer per stage, or a single integer for all stages.
-        stages: number of stages. Each stage after the first halves the rows and columns.
+        stages: number of stages. Each stage after the first halves the height and width of the token map.
         mlp_ratio: ratio of the MLP's hidden width to the width of the tokens.
         position: position encoding of each stage, in addition to the attention bias: "learned" | "rope_1d" | "rope_axial" |
             "rope_mixed" | "none".

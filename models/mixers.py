@@ -25,7 +25,7 @@ class Place(NamedTuple):
     """The place of a mixer in a model: the index of its layer, and the layout of the tokens."""
 
     layer: int
-    grid: tuple[int, int]  # rows and columns of the token map
+    grid: tuple[int, int]  # height and width of the token map
     prefix_tokens: int  # number of tokens before the map
 
     @property

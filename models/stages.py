@@ -18,7 +18,7 @@ from .positions import POSITIONS, learned_position, rotary_position
 class Stage(nn.Module):
     """One stage of a model: (B, C, H, W) -> tokens (B, grid[0] * grid[1], dim).
 
-    A stage creates a token map from the images or from the previous map, and applies blocks to its tokens.
+    A stage creates a token map from the images or from the previous map, and applies blocks to the tokens.
 
     Args:
         embed: creates the token map: (B, C, H, W) -> (B, dim, *grid).
@@ -82,7 +82,7 @@ class Pyramid(Backbone):
 
 
 def shrinking(img_size: tuple[int, int], strides: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Yield the rows and columns of the map after each convolution. The convolutions pad by half their kernel size."""
+    """Yield the height and width of the token map after each convolution. Convolutions pad by half their kernel size."""
     for stride in strides:
         img_size = tuple((side - 1) // stride + 1 for side in img_size)
         yield img_size

@@ -22,7 +22,9 @@ from .positions import POSITIONS, learned_position, rotary_position
 
 
 class VisionTransformer(Backbone):
-    """A vision transformer. `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
+    """A vision transformer (ViT, arXiv:2010.11929) with a choice of stems and token mixers.
+
+    `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
 
     Fixes relative to the original Vision Xformers models:
 

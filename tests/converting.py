@@ -84,7 +84,7 @@ REFUSED = {
 
 
 def refuse(rank: int, folder: str) -> None:
-    """Convert models with batches that `linearize` must refuse in two processes. Save the error messages."""
+    """In two processes, convert models with batches that `linearize` must refuse. Save the error messages."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     errors = {}
@@ -110,7 +110,7 @@ def refuse(rank: int, folder: str) -> None:
         except ValueError as error:
             errors[case] = str(error)
         assert [type(module) for module in model.modules()] == kinds
-    padded = torch.arange(16) >= torch.tensor([8, 16, 8, 8])[:, None]  # the part of process 1 has more tokens
+    padded = torch.arange(16) >= torch.tensor([8, 16, 8, 8])[:, None]  # process 1 gets the longest sample
     trimmed = [{"x": torch.randn(4, 16, 192), "padded": padded}]
     assert linearize(Trimmed(), lambda: trimmed, num_features=4, steps=2, progress=False).converted
     Path(folder, f"{rank}.json").write_text(json.dumps(errors))

@@ -2,7 +2,7 @@
 
 `python -m tests.golden SOURCE` condenses SOURCE/*.json into golden.json.
 
-No weights are stored. The field "rule" in golden.json describes how weights, inputs and cotangents are derived from a seed.
+No weights are stored. The field "rule" in golden.json describes how weights, inputs and output gradients follow from a seed.
 Each row in "state" contains the shape, base and scale of a state_dict entry and, for a parameter, the norm of its gradient.
 A "*" in the key of a row represents the layer numbers 0 to layers - 1. Entries that the constructor of the original model
 computes are skipped.
@@ -69,7 +69,7 @@ class Golden:
         x: images of shape (batch, 3, image_size, image_size).
         logits: logits of shape (batch, classes).
         alone: logits of the first image when it is the only image in the batch, of shape (1, classes).
-        cotangent: tensor of shape (batch, classes). The loss is (logits * cotangent).sum().
+        cotangent: gradient of the logits, of shape (batch, classes). The loss is (logits * cotangent).sum().
         norms: norm of the gradient of each parameter, or None if the parameter has no gradient.
         parameters: number of elements in all trainable parameters.
         tolerance: absolute tolerance for logits, which is 20 times the original's float32 error, but at least 1e-4 times the

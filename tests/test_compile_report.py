@@ -395,7 +395,7 @@ def test_the_sample_is_stable():
 
 
 def test_an_interrupted_run_keeps_finished_cells(monkeypatch, tmp_path):
-    """--write replaces rows of finished cells, keeps current rows of other cells, and drops rows of changed kernels.
+    """--write replaces the rows of finished cells and drops the rows of changed kernels. It keeps all other rows.
 
     A cell is a combination of architecture, dtype and head width.
     """

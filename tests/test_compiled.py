@@ -1,4 +1,4 @@
-"""Tests of launches of compiled kernels (_triton/compiled.py). Triton's launcher calls a stub of the CUDA driver.
+"""Tests of _triton/compiled.py, which launches compiled kernels. Triton's launcher calls a stub of the CUDA driver.
 
 The table of launches is `compiled.known`. A launch that matches an entry bypasses Triton's inspection of the arguments.
 """
@@ -198,9 +198,9 @@ def launched(q: Tensor) -> tuple:
 
 
 def check_knobs() -> None:
-    """Triton handles all launches while debugging, instrumentation or hooks are on.
+    """Triton handles all launches while debugging or instrumentation is enabled or a hook is set.
 
-    If a hook makes Triton skip a compilation, no entry is added.
+    If a hook makes Triton skip a compilation, no entry is added to the table of launches.
     """
     from triton import knobs
 

@@ -1,4 +1,4 @@
-"""Tests of the instruction counts in the compile report, and of the predictions that are made from them. They need no GPU."""
+"""Tests of the instruction counts in the compile report, and of the predictions based on them. They need no GPU."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def code() -> list:
 
 
 def test_loops_are_found_in_machine_code():
-    """Code that is placed at the end and branches back is not a loop, and code that is never reached does not count."""
+    """A block after EXIT that branches back is not a loop, and unreachable code is ignored."""
     program = loops(code())
     (loop,) = program.children
     assert [each.kind for each in loop.code] == ["HGMMA", "MUFU", "BRA", "LDS", "BRA"]
@@ -177,7 +177,10 @@ def test_loops_are_found_in_machine_code():
 
 
 def test_guarded_call_is_a_branch():
-    """ptxas exits a loop with a guarded call that never returns. A call to a subroutine, such as a division, has no guard."""
+    """Machine code may branch with a guarded call that never returns.
+
+    A call to a subroutine, such as a division, has no guard.
+    """
     assert parse("0040", "@P2 ", "CALL.REL.NOINC", " 0x80").target == 0x80
     assert parse("0040", "", "CALL.REL.NOINC", " 0x80").target is None
 

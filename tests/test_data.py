@@ -156,7 +156,7 @@ def test_a_run_resizes_its_images(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_a_run_resumes_only_with_its_image_size(tmp_path: Path, refused: Callable[..., str]) -> None:
-    """The arguments of a convolutional network do not contain the image size."""
+    """The image size is checked even for a convolutional network, whose constructor arguments do not contain it."""
     pytest.importorskip("timm")
     words = ["--model", "timm:resnet18", "--model-kwargs", "layers=(1,1,1,1)", "channels=(8,8,8,8)", "-b", "512"]
     assert main(["train", *words, "--img-size", "16", "--epochs", "1", "--output", str(tmp_path / "run")]) == 0

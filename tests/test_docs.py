@@ -116,7 +116,7 @@ def test_quality_table() -> None:
 
 
 def test_table_of_lengths() -> None:
-    """Test that docs/choosing.md has the ratios of the committed CSV, and the lengths from which ops are faster than SDPA."""
+    """Test that docs/choosing.md has the ratios in the committed CSV, and the lengths from which ops are faster than SDPA."""
     text = CHOOSING.read_text(encoding="utf-8")
     (path,) = (RESULTS / "epyc-1-thread").glob("*-78d4b70/tokens.csv")
     sweep = rows(path)
@@ -134,7 +134,7 @@ def test_table_of_lengths() -> None:
 
 
 def test_break_even_lengths() -> None:
-    """Test that the table in the package follows from the result files, and that docs/choosing.md shows it."""
+    """Test that the table of break-even lengths follows from the result files, and that docs/choosing.md shows it."""
     (folder,) = (RESULTS / "break-even").iterdir()
     tables = [bench.break_even.table(rows(folder / name)) for name in ("times.csv", "predicted.csv")]
     assert list(break_even.rows()) == sum(tables, [])
@@ -186,7 +186,10 @@ def test_tables_of_operators_and_models(heading: str, name: str) -> None:
 
 
 def conversions(path: Path, digits: dict[str, str]) -> list[list[str]]:
-    """Return the cells of a table of conversions. Pairs of numbers are means over the seeds, without and with exact rows."""
+    """Return the expected cells of a table in linearize.md.
+
+    Each pair of numbers contains the means over the seeds, without and with exact attention for the class token.
+    """
     study, cells = rows(path), []
     for method in dict.fromkeys(name for name, *_ in METHODS):
         chosen = [row for row in study if row["method"] == method]
@@ -205,8 +208,8 @@ def conversions(path: Path, digits: dict[str, str]) -> list[list[str]]:
 def test_tables_of_conversions() -> None:
     (path,) = (RESULTS / "linearize").glob("*/linearize.csv")
     page, digits = DOCS / "linearize.md", {"agreement": ".1f", "accuracy": ".1f", "kl": ".2g"}
-    assert table(page, "At 257 tokens") == conversions(path, digits)
-    assert table(page, "At 65 tokens") == conversions(path.with_name("class-token.csv"), digits | {"seconds": ".0f"})
+    assert table(page, "Results with 257 tokens") == conversions(path, digits)
+    assert table(page, "Results with 65 tokens") == conversions(path.with_name("class-token.csv"), digits | {"seconds": ".0f"})
     times: dict[tuple[str, str], list[str]] = {}
     for row in rows(path.with_name("linearize-time.csv")):
         times.setdefault((row["method"], row["slots"]), []).append(f"{float(row['ratio']):.2f}")
@@ -245,7 +248,7 @@ def test_table_of_traffic() -> None:
     measured = {}
     for run in path.read_text(encoding="utf-8").split("$ vix dev traffic")[1:]:
         tokens, unsplit = re.search(r"tokens (\d+), width", run)[1], "--unsplit" in run.splitlines()[0]
-        for op, direction, ratio in re.findall(r"(?ms)^(\w+) (forward|backward)$.*?in all, ([\d.]+) of the (?:least|minimum)", run):
+        for op, direction, ratio in re.findall(r"(?ms)^(\w+) (forward|backward)$.*?in (?:all|total), ([\d.]+) ", run):
             measured[op, f"{int(tokens):,}", unsplit, direction] = ratio
     for name, tokens, *ratios in table(BENCHMARKS, "Memory traffic"):
         key = name.split("`")[1], tokens, "in one chunk" in name
@@ -258,6 +261,6 @@ def test_figures_of_the_readme() -> None:
     timm, nystromformer = (line[2].split()[0] for line in table(BENCHMARKS, "Integrations")[:2])
     assert f"[{timm} times as long](docs/benchmarks.md#integrations)" in text
     assert f"a layer takes [{nystromformer} times as long](docs/benchmarks.md#integrations)" in text
-    nystrom = next(line for line in table(CHOOSING, "When it is faster") if line[0] == "`nystrom_attention`")
+    nystrom = next(line for line in table(CHOOSING, "Speed") if line[0] == "`nystrom_attention`")
     fraction = float(nystrom[-1].split(" / ")[0])
-    assert f"[{fraction:.1%} of the CPU time of softmax attention](docs/choosing.md#when-it-is-faster)" in text
+    assert f"[{fraction:.1%} of the CPU time of softmax attention](docs/choosing.md#speed)" in text

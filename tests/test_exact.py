@@ -1,4 +1,7 @@
-"""Tests specific to exact rows and to attention with learned features. The tests in test_ops.py cover all operators."""
+"""Tests specific to exact rows, which are rows of softmax attention, and to attention with learned features.
+
+The tests in test_ops.py cover all operators.
+"""
 
 from __future__ import annotations
 

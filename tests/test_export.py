@@ -1,4 +1,4 @@
-"""Tests of exported programs, which run without this library, in onnxruntime, or compiled ahead of time."""
+"""Tests of exported programs: in PyTorch without this library, in onnxruntime, and compiled ahead of time."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ def test_nan_in_padding_reaches_no_gradient(name: str, backend: str) -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("name", ("agent", "performer", "linear_projected"))
 def test_infinity_in_padding_reaches_no_gradient_of_the_slots(name: str, sign: int, backend: str) -> None:
-    """All slots (agents or random features) are positive, so a padded token of -inf has logits of -inf or features of 0."""
+    """All slots (agents or random features) are positive, so the logits of a -inf token are -inf, or its features are 0."""
     torch.manual_seed(0)
     q, k, v, slots = (torch.rand(1, 2, tokens, 16, device=DEVICE) for tokens in (12, 12, 12, 5))
     mask = torch.arange(12, device=DEVICE)[None] < 9

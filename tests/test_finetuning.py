@@ -227,7 +227,10 @@ DISTILLED = ("--model", "timm:deit_tiny_distilled_patch16_224", "--model-kwargs"
 
 
 def test_teachers_with_two_heads(refused: Callable[..., str], tmp_path: Path) -> None:
-    """A student with two heads learns the teacher's features before each head. A student with one head is refused."""
+    """A student with two heads is trained to match the inputs of both of the teacher's heads.
+
+    A student with one head is refused.
+    """
     pytest.importorskip("timm")
     train(*DISTILLED, "num_heads=2", "--output", tmp_path / "teacher")
     options = ("--teacher", tmp_path / "teacher", "--distill", "features", "--distill-weight", "1", "--no-aug")

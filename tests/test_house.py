@@ -105,7 +105,10 @@ def test_only_kernels_and_measurements_import_triton() -> None:
 
 
 def test_every_primitive_has_a_torch_implementation() -> None:
-    """Each primitive has a module in _torch/ whose name starts with its name. `nystrom` combines primitives and has none."""
+    """Each primitive has a module in _torch/ whose name starts with the primitive's name.
+
+    The exception is `nystrom`, which combines primitives.
+    """
     primitives = {name.partition(".")[2] for name in MODULES if layer(name) == "primitives"} - {"", "autograd", "registry"}
     files = {name.partition(".")[2] for name in MODULES if layer(name) == "_torch"}
     assert {name for name in primitives if not any(file.startswith(name) for file in files)} == {"nystrom"}
@@ -117,7 +120,10 @@ SOURCE = re.compile(r"arXiv|et al\.")
 
 @pytest.mark.parametrize("name", [name for name in vix_kernels.__all__ if inspect.isfunction(getattr(vix_kernels, name))])
 def test_public_functions_document_their_contract(name: str) -> None:
-    """The docstring documents every argument, the shapes, the result and errors. The docstring or its file cites a source."""
+    """The docstring documents every argument, the shapes, the result and errors.
+
+    The function or module docstring cites a source.
+    """
     function = getattr(vix_kernels, name)
     text = inspect.getdoc(function)
     arguments, returns, errors = (text.find(f"\n{title}:\n") for title in ("Args", "Returns", "Raises"))
@@ -130,7 +136,7 @@ def test_public_functions_document_their_contract(name: str) -> None:
 
 @pytest.mark.parametrize("name", primitives.__all__)
 def test_primitives_document_their_contract(name: str) -> None:
-    """The docstring documents every argument, the shapes and the result. The docstring of the file contains the equation.
+    """The docstring documents every argument, the shapes and the result. The module docstring contains the equation.
 
     Errors are not documented, because primitives do not check their arguments.
     """

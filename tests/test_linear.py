@@ -38,7 +38,7 @@ def test_equals_the_paper(backend: str, feature_map: str) -> None:
 def test_nearly_empty_channels_stay_accurate(backend: str, dtype: torch.dtype) -> None:
     """In half of the channels, the features of the keys are almost zero, so the denominators of some queries are almost zero.
 
-    Outputs must stay in range, and gradients must stay finite.
+    Outputs and gradients must be close to the float64 reference, and gradients must be finite.
     """
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 64, 16, device=DEVICE) for _ in range(3))

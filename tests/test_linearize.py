@@ -1,4 +1,4 @@
-"""Tests of the conversion of trained models to linear attention."""
+"""Tests of `linearize`, which converts trained models to linear-cost attention."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def output(model: nn.Module, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_features_are_fitted_in_every_host(name: str, tmp_path: Path) -> None:
-    """The error decreases, other weights do not change, and a saved and loaded model gives bit-identical outputs."""
+    """Fitting decreases the error and changes no other weights. A saved and loaded model gives bit-identical outputs."""
     model, batches = make(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     exact = {"exact_prefix": True}
@@ -583,7 +583,10 @@ def test_values_that_are_not_finite_are_refused() -> None:
 
 
 def test_the_state_of_the_caller_is_kept() -> None:
-    """Hooks can still be removed, and gradients and training modes are unchanged, even if the caller disables gradients."""
+    """Gradients and training modes do not change, even if the caller disables gradients.
+
+    The caller can still remove its hooks.
+    """
     model, batches = make("timm")
     model.train()
     calls: list[int] = []
@@ -643,7 +646,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 def test_batches_that_processes_cannot_divide_are_refused(tmp_path: Path) -> None:
     """All processes raise the error, and the model keeps its softmax attention.
 
-    The parts of a batch may differ in their number of tokens.
+    The processes may get samples with different numbers of tokens.
     """
     multiprocessing.spawn(converting.refuse, (str(tmp_path),), nprocs=2)
     errors = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]

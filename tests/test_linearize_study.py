@@ -1,4 +1,4 @@
-"""Tests of the scripts of `make linearize`, with tiny images and models."""
+"""Tests of the scripts that `make linearize` runs, with tiny images and models."""
 
 from __future__ import annotations
 

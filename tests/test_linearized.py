@@ -32,7 +32,7 @@ def replaced(model: nn.Module, **options: Any) -> nn.Module:
 
 
 def small_timm(name: str = "vit_tiny_patch16_224", **arguments: Any) -> nn.Module:
-    """Return a small timm model for images of 32 x 32 pixels. `make_model` records its arguments, as in `vix train`."""
+    """Return a small timm model for images of 32 x 32 pixels. The model stores its arguments, as in `vix train`."""
     sizes = dict(img_size=32, patch_size=4, embed_dim=64, num_heads=2, depth=2, num_classes=7)
     return make_model({"model": f"timm:{name}"}, sizes | arguments).host
 
@@ -52,7 +52,7 @@ def two_attentions(heads: int) -> nn.Module:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A folder with a small timm model."""
+    """Return a folder with a saved timm model."""
     save_linearized(replaced(small_timm()), tmp_path / "saved")
     return tmp_path / "saved"
 
@@ -132,9 +132,9 @@ def test_arguments_of_timm_models_are_saved(arguments: dict[str, Any], tmp_path:
 
 
 def test_a_model_that_cannot_be_created_is_reported(tmp_path: Path) -> None:
-    """The reason is the same before and after the replacement. It is empty for a model with nn.MultiheadAttention.
+    """`reason_against_creating` returns the same reason before and after the replacement.
 
-    load_linearized never creates such models.
+    It returns an empty string for models with nn.MultiheadAttention, although load_linearized never creates them.
     """
     model = small_timm(act_layer=nn.ReLU)
     before = reason_against_creating(model)
@@ -160,7 +160,7 @@ def test_models_that_can_be_created_are_not_reported(build: Callable[[], nn.Modu
 
 
 def test_an_interrupted_call_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The call is interrupted before it replaces the first file, or before it replaces the second one."""
+    """Interrupt a call before it replaces its first file, and another call before it replaces its second file."""
     model, replace, calls = replaced(layer()), os.replace, []
     for last in (0, 1):
         folder = tmp_path / str(last)

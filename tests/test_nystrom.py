@@ -189,7 +189,7 @@ def test_nan_reaches_only_dependent_results(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_float16_and_bfloat16_inputs(backend: str, dtype: torch.dtype) -> None:
-    """The inverse is computed in float32, so the error of the output is close to the rounding error of the dtype.
+    """The pseudo-inverse is computed in float32, so the error of the output is close to the rounding error of the dtype.
 
     The nystrom-attention package raises an error for these dtypes.
     """

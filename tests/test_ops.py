@@ -68,14 +68,14 @@ def run(problem: Problem, **how) -> tuple[list[Tensor], list[Tensor]]:
     for i, out in enumerate(outputs):
         generator = torch.Generator().manual_seed(10 + i)
         cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device)
-        # An empty slot has lse = -inf. A finite loss cannot depend on this lse, so the cotangent of the lse is 0.
+        # The log-sum-exp of an empty slot is -inf. A finite loss cannot depend on it, so its gradient is 0.
         cotangents.append(cotangent.masked_fill(out.detach() == float("-inf"), 0).to(out.dtype))
     grads = torch.autograd.grad(outputs, leaves, cotangents)
     return [out.detach() for out in outputs], list(grads)
 
 
 def finite(x: Tensor) -> Tensor:
-    """Replace -inf, which is the lse of an empty slot, with a finite number that is far from any other lse."""
+    """Replace -inf, the log-sum-exp of an empty slot, with a finite number that is far from all other values."""
     return torch.where(x == float("-inf"), -1e3, x.double())
 
 
@@ -249,7 +249,7 @@ def test_batch_independence(spec: OpSpec, case: Case, backend: str) -> None:
 
 @on_each_backend(FEW, interpreted=few("packed", "rope_partial"))
 def test_memory_layout_does_not_matter(spec: OpSpec, case: Case, backend: str) -> None:
-    """The results do not depend on the strides of the inputs. Cotangents may be expanded."""
+    """The results do not depend on the strides of the inputs. Gradients of the outputs may be expanded views."""
     problem = spec.problem(case, device=DEVICE)
 
     def spread_out(x: Tensor) -> Tensor:

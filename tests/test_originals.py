@@ -79,7 +79,7 @@ WORK = {
 
 @pytest.mark.parametrize("name", WORK)
 def test_the_reference_backend_does_as_much_work_as_the_original(name: str) -> None:
-    """The reference backend does as much work as the original models, so it is a fair speed baseline for them."""
+    """The reference backend does as much work as the original models, so it can replace them as a speed baseline."""
     expected = golden.load(name)
     model = from_original(name, expected.config, expected.state, backend="reference")
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}

@@ -187,9 +187,10 @@ def run_all(runs: list[list[str]], folder: Path, processes: int) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train one configuration in one process and in two processes.
+    """Train several runs, and return the folder that contains them.
 
-    In two processes, also train with Muon and with the fast recipe.
+    The runs "alone", "ddp" and "fsdp" train the same model in one process, with DDP, and with FSDP2. The run "muon" uses
+    FSDP2 and Muon. The run "fast" uses FSDP2 and the fast recipe.
     """
     folder = tmp_path_factory.mktemp("runs")
     together = [
@@ -213,7 +214,7 @@ def assert_close(actual: Checkpoint, expected: Checkpoint) -> None:
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_two_processes_match_one(runs: Path, name: str) -> None:
-    """The results of DDP and FSDP2 match those of a single process. The FSDP2 run splits steps into two micro-batches."""
+    """The results of DDP and FSDP2 match those of a single process. The FSDP2 run splits each batch into two micro-batches."""
     alone = load_checkpoint(runs / "alone")
     assert alone["history"][-1]["train_loss"] < alone["history"][0]["train_loss"] - 0.05
     assert_close(load_checkpoint(runs / name), alone)

@@ -1,6 +1,6 @@
 """Tests of `patch` for performer-pytorch, nystrom-attention and linformer models.
 
-A patched model has the same weights, outputs and gradients as the package's model.
+A patched model has the same weights, outputs and gradients as the original model.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def test_patched_models_match_the_package(name: str, options: dict[str, Any], le
     """With two lengths, the two samples have different masks. With one length, they share a mask."""
     host = built(name, **options).double().train(training)
     patched, x, inputs = patched_copy(host, name), tokens_for(name), dict(mask=mask_of(*lengths)) if lengths else {}
-    if options.get("reversible") and not training:  # in evaluation mode, the packages' reversible models have no backward pass
+    if options.get("reversible") and not training:  # in evaluation mode, the original reversible models have no backward pass
         with torch.no_grad():
             torch.testing.assert_close(patched(x, **inputs), host(x, **inputs), rtol=1e-9, atol=1e-12)
     else:
@@ -181,7 +181,7 @@ def test_patched_models_in_float32(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_patched_models_in_bfloat16(name: str) -> None:
-    """Under autocast and with bfloat16 weights, outputs are close to float32. The package's Nystromformer fails in bfloat16."""
+    """Under autocast and in bfloat16, outputs are close to float32 outputs. The original Nystromformer fails in bfloat16."""
     host = built(name).eval()
     patched, x = patched_copy(host, name), tokens_for(name, dtype=torch.float32)
     with torch.no_grad():
@@ -332,7 +332,7 @@ def test_arguments_that_are_not_models(package: str) -> None:
 
 
 def test_copies_of_the_package_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Projects such as scBERT have a folder performer_pytorch with older code, which has different outputs."""
+    """Projects such as scBERT have a folder performer_pytorch with older code, whose outputs differ."""
     pytest.importorskip("performer_pytorch", reason="performer_pytorch is not installed")
     kind = type("FastAttention", (nn.Module,), {"__module__": __name__})
     monkeypatch.setitem(sys.modules, "performer_pytorch", SimpleNamespace(FastAttention=kind))

@@ -193,7 +193,7 @@ def test_fast_attention_with_a_learned_projection() -> None:
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
 @pytest.mark.parametrize("options", KINDS, ids=str)
 def test_fast_attention_with_a_mask(options: dict[str, Any], backend: str) -> None:
-    """A padded sample has the same results as the shorter sequence, and the output of a fully masked sample is 0.
+    """A padded sample has the same results as without padding, and the output of a fully masked sample is 0.
 
     The gradients of padding are 0, even if the padding contains NaN.
     """
@@ -308,7 +308,7 @@ def test_nystrom_in_float32(backend: str) -> None:
 @pytest.mark.parametrize("tokens", [48, 45])
 @pytest.mark.parametrize("plain", [False, True])
 def test_nystrom_without_compat_ignores_padding(tokens: int, plain: bool) -> None:
-    """A padded sample has the same results as the shorter sequence. Segments without valid tokens have no landmark."""
+    """A padded sample has the same results as the sequence without padding. Segments without valid tokens have no landmark."""
     torch.manual_seed(0)
     full, fewer = (
         NystromAttention(**NYSTROM | dict(num_landmarks=landmarks), compat=False).double().to(DEVICE) for landmarks in (8, 5)

@@ -38,7 +38,7 @@ def test_equals_the_paper(backend: str) -> None:
 
 
 def test_approaches_softmax_attention() -> None:
-    """The error is proportional to one over the square root of the number of features."""
+    """The error is inversely proportional to the square root of the number of features."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 64, 16) * s for s in (0.5, 0.5, 1.0))
     exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)

@@ -34,7 +34,7 @@ FEW = [(spec, case) for spec, case in test_ops.few("masked", "rope_partial") if 
 
 
 class Unobserved:
-    """Replaces the module that launches compiled kernels, which the interpreter does not use."""
+    """Replaces the module that launches compiled kernels. The interpreter does not use this module."""
 
     needs_triton = staticmethod(lambda: False)
 
@@ -197,7 +197,7 @@ def test_autocast_is_in_the_signature(dtype: torch.dtype, monkeypatch: pytest.Mo
     """Under autocast, calls are replayed unless their arguments are cast.
 
     If they are cast, the results of the casts are saved for the backward pass, instead of the arguments. In a replay, these
-    results require no gradient, so differentiating a gradient again would not raise an error.
+    results require no gradient, so a second differentiation would not raise the required error.
     """
     q = torch.randn(1, 2, 37, 16, dtype=dtype).requires_grad_()
     projection = orthogonal_projection(8, 16, seed=0)
@@ -345,7 +345,7 @@ def test_hooks_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["item", "in place", "bool", "equal"],
 )
 def test_functions_that_depend_on_values(operation: Callable[[Tensor], Any]) -> None:
-    """A function that reads or changes values runs on every call. The entry states the reason."""
+    """A function that reads or changes values runs on every call. Its entry in `plans.entries` gives the reason."""
     calls = []
 
     @plans.planned
@@ -383,7 +383,7 @@ def test_errors_are_those_of_the_function() -> None:
 @pytest.mark.parametrize("calls", [2, 3], ids=["recorded", "replayed"])
 class TestAutograd:
     def output(self, calls: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return x, y and the output of the last of `calls` calls, whose backward pass has not run yet."""
+        """Call `product` a total of `calls` times. Return x, y and the output of the last call, before its backward pass."""
         x, y = leaves(4, 8)
         for _ in range(calls - 1):
             passes(product, (x, y))

@@ -32,7 +32,7 @@ def train(model: nn.Module, steps: int, automatic: bool) -> list[tuple[float, in
 @pytest.mark.parametrize("automatic", [True, False])
 @pytest.mark.parametrize("reversible", [False, True])
 def test_the_projection_updater_redraws_patched_models(reversible: bool, automatic: bool) -> None:
-    """In training, a patched model has the same losses and random features as the package's model, before and after redraws."""
+    """In training, a patched model has the same losses and random features as the original model, before and after redraws."""
     options = dict(reversible=reversible, auto_check_redraw=automatic, feature_redraw_interval=2)
     host = built("PerformerLM", **options).double()
     patched = patched_copy(host, "PerformerLM")
@@ -56,7 +56,10 @@ def test_the_projection_updater_redraws_patched_models(reversible: bool, automat
 
 
 def test_our_projection_updater_matches_the_package() -> None:
-    """Our updater redraws the features of the package's modules and of ours. The package's updater skips our modules."""
+    """The updater of this library redraws the features of all modules.
+
+    The updater of performer-pytorch skips the modules of this library.
+    """
     package = pytest.importorskip("performer_pytorch", reason="performer_pytorch is not installed")
     ours = nn.Sequential(nn.Linear(2, 2), performer_integration.FastAttention(8), package.FastAttention(8))
     updater, host = performer_integration.ProjectionUpdater(ours, 2), package.ProjectionUpdater(ours, 2)

@@ -38,7 +38,10 @@ def test_axial_angles_are_columns_then_rows() -> None:
 
 
 def test_mixed_angles_contain_the_axial_ones() -> None:
-    """Axial angles are mixed angles whose frequencies are 0 for one axis: y in the first half of the pairs, x in the rest."""
+    """Axial angles are mixed angles in which half of the frequencies are 0.
+
+    The y frequencies are 0 in the first half of the pairs, and the x frequencies are 0 in the second half.
+    """
     frequencies = torch.zeros(2, 1, 4)
     frequencies[0, 0, :2] = frequencies[1, 0, 2:] = 100.0 ** (-torch.arange(0, 8, 4) / 8)
     mixed, axial = rope_mixed(2, 3, frequencies, prefix_tokens=1), rope_axial(2, 3, 8, prefix_tokens=1)

@@ -1,4 +1,7 @@
-"""Tests of the traffic measurement and of the memory traffic of operators. They run in Triton's interpreter and need no GPU."""
+"""Tests that memory traffic is measured correctly, and that operators stay within their limits.
+
+The tests run in Triton's interpreter and need no GPU.
+"""
 
 from __future__ import annotations
 
@@ -227,7 +230,7 @@ def test_the_traffic_command(capsys: pytest.CaptureFixture) -> None:
     assert main(["dev", "traffic", "--batch", "1", "--heads", "1", "--tokens", "64", "--all-gradients", "--arch", "sm_80"]) == 0
     out = capsys.readouterr().out
     assert "performer_attention backward" in out and "aggregate_slots_kernel" in out and "launched as on sm_80" in out
-    assert "in all, 1.000 of the minimum" in out  # the line for RoPE
+    assert "in total, 1.000 times the minimum" in out  # the line for RoPE
     with pytest.raises(SystemExit):
         main(["dev", "traffic", "--width", "300"])
     assert capsys.readouterr().err == (

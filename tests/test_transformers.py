@@ -196,7 +196,7 @@ def test_a_patched_nystromformer_gives_the_same_results(conv, landmarks):
 
 @pytest.mark.parametrize("landmarks", [8, 32])
 def test_a_patched_nystromformer_masks_padding(landmarks):
-    """Large inputs make attention sharp, so that errors of the inverse are visible. The mask has one row or 32 equal rows."""
+    """Large inputs make attention sharp, so errors in the pseudo-inverse are visible. The mask has one row or 32 equal rows."""
     host = nystromformer(num_landmarks=landmarks).encoder.layer[0].attention.self
     patched = copy.deepcopy(host)
     integration.patch(patched)

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SUFFIXES = {".py", ".md", ".sh", ".toml", ".yml", ".yaml", ".cff"}
-# Maps each private word to its replacements. The parts of identifiers also count as words.
+# Maps each forbidden word to its replacement. The parts of identifiers also count as words.
 PRIVATE = {
     "door": "integration",
     "doors": "integrations",
@@ -68,7 +68,7 @@ def files() -> list[Path]:
 
 
 def private_words(text: str) -> list[tuple[int, str]]:
-    """Return each private word in `text` as a pair (line number, word). A phrase may continue on the next line."""
+    """Return each word in `text` that is listed in PRIVATE, as a pair (line number, word). A phrase may span two lines."""
     # Names in snake_case are split without changing the length, so that positions in `split` are also positions in `text`.
     split = re.sub(r"(?<=[A-Za-z0-9])_(?=[A-Za-z0-9])", " ", text)
     words = "|".join(re.escape(word).replace(r"\ ", r"\s+(?:#\s*)?") for word in sorted(PRIVATE, key=len, reverse=True))

@@ -59,7 +59,7 @@ def reason_against_gpu() -> str | None:
     """Return why the kernels cannot run on this machine's GPU, in one sentence, or None if they can."""
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
-        return "torch sees no GPU" + ("" if built else f": torch {torch.__version__} is built without CUDA and ROCm")
+        return "torch sees no GPU" + ("" if built else f": torch {torch.__version__} is built without CUDA or ROCm")
     if reasons := reasons_against_triton(torch.device("cuda"), torch.bfloat16, 64):
         return "; ".join(reasons)
     try:

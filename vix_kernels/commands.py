@@ -91,8 +91,8 @@ def markdown(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str
 def print_table(headings: Iterable[str], rows: Iterable[Iterable[str]], widths: Iterable[int] | None = None) -> None:
     """Print a table with aligned columns.
 
-    Without `widths`, each column is as wide as its widest cell, so all rows are collected first. With `widths`, which are
-    minimum column widths, each row is printed as soon as `rows` yields it.
+    `widths` are minimum column widths. With them, each row is printed as soon as `rows` yields it. Without them, all rows are
+    collected first, and each column is as wide as its widest cell.
     """
     lines = itertools.chain([list(headings)], map(list, rows))
     if widths is None:
@@ -133,7 +133,7 @@ def write_together(files: Mapping[Path, Callable[[Path], None]]) -> None:
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], digits: int = 6) -> None:
-    """Write the rows to a CSV file atomically, with a column for every key that occurs in a row."""
+    """Write the rows to a CSV file atomically, with a column for every key that occurs in any row."""
     rows = [{name: figure(value, digits) for name, value in row.items()} for row in rows]
 
     def write(temporary: Path) -> None:

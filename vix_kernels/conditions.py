@@ -14,7 +14,7 @@ class Conditions:
     """Settings that every kernel launch reads.
 
     Attributes:
-        observer: a function that is called instead of every launch, with the kernel, grid, arguments and options of the launch.
+        observer: a function that is called instead of each launch, with the kernel, grid, arguments and options of the launch.
             If None, launches are executed.
         arch: if set, Triton's interpreter uses the launch configurations for this architecture. Tiles may contain more tokens
             than on a GPU, because larger tiles make the interpreter faster.
@@ -32,7 +32,7 @@ class Conditions:
 
 
 class Recording(threading.local):
-    """Holds the current thread's Recorder (recorder.py), or None. The Recorder receives launches, and also executes them."""
+    """Holds the current thread's Recorder (recorder.py), or None. The Recorder executes each launch and records it."""
 
     recorder: Any = None
 

@@ -10,7 +10,7 @@ The exported program contains this library's operators, with the backend that wa
 must import vix_kernels before it loads the program. The program does not support gradients, so run it under torch.no_grad(). To
 run a program where only PyTorch is installed, use `decomposed`, which replaces the operators with plain PyTorch.
 
-The number of tokens may also be dynamic, unless rotary tables, a grid or a model's image size fix it. The minimum of its
+The number of tokens may also be dynamic, unless rotary tables, a grid or a model's image size fix it. The minimum of the
 range must be at least the number of landmarks or agents plus the number of prefix tokens. With Linformer attention, the maximum
 must be at most the number of rows of the projections. If each head has separate projections, the maximum must be less than
 this number. With landmarks="pad_front", if the number of tokens in the example is a multiple of num_landmarks, the program
@@ -78,7 +78,7 @@ def to_onnx(
     Args:
         model: any module that uses modules or functions of this library, in float32 or float16. onnxruntime has few CPU
             operators for other dtypes. The training mode of every submodule is restored afterwards.
-        x: an example input of the model, or a tuple of all its arguments.
+        x: an example input of the model, or a tuple of all arguments of the model.
         path: the file to write. It is written atomically.
         dynamic_shapes: as in torch.export.export, such as ({0: Dim("batch"), 1: Dim("tokens", min=64, max=4096)},). By default,
             dimension 0 of every tensor is the batch and can have any size, and all other sizes are fixed to those of x.

@@ -56,7 +56,7 @@ class Pool(NamedTuple):
     """The tokens that each landmark averages (primitives/landmarks.py).
 
     Attributes:
-        prefix: number of leading tokens, each of which is a landmark.
+        prefix: number of leading tokens. Each of them is a landmark.
         rows: number of rows of the grid that the other tokens form, or 1 if they form a plain sequence.
         mark_rows, mark_columns: numbers of rows and columns of the grid of landmarks.
         adaptive: whether to use the windows of adaptive pooling. If not, the windows are consecutive segments without overlap.
@@ -72,7 +72,7 @@ class Pool(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Softmax statistics of each row: row_max, the largest logit in base 2, and total = sum exp2(logit - row_max).
+    """Softmax statistics of each row of logits: row_max, the largest logit in base 2, and total = sum exp2(logit - row_max).
 
     `broadcast` stores 1 / total in place of total.
     """
@@ -84,7 +84,7 @@ class Statistics(NamedTuple):
 
 
 class LandmarkGradients(NamedTuple):
-    """Terms of the gradients of q and k in landmarks_backward. One kernel adds them, which saves memory traffic.
+    """Terms of the gradients of q and k in landmarks_backward. One kernel adds all terms, to save memory traffic.
 
     Attributes:
         dq_other, dk_other: gradients of q and k that do not flow through the landmarks, or None if there are none.

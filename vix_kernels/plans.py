@@ -2,10 +2,10 @@
 
 On small inputs, the Python code of an eager call (argument checks, autograd nodes, launch configurations) takes longer than its
 kernels. What this code does depends on the signature of the call (sizes, strides, dtypes, alignment and options), but not on
-the values of its tensors. `planned` therefore records a call for each signature. Later calls with the same signature do not run
+the values of its tensors. Therefore, `planned` records a call for each signature. Later calls with this signature do not run
 this code. They allocate the outputs and workspaces, and launch the same kernels with new addresses, so their results are
-bit-identical. If an input requires a gradient, replays start after the forward and backward passes of a call have been
-recorded.
+bit-identical to those of the Python code. If an input requires a gradient, replays start after the forward and backward passes
+of a call have been recorded.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def planned(function: Callable) -> Callable:
 
 
 def on_gpu(args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Return whether a call may run kernels: its first argument is an ordinary GPU tensor, and its backend may use Triton."""
+    """Return whether a call may run kernels: its first argument is a plain Tensor on a GPU, and its backend may use Triton."""
     x = args[0] if args else next(iter(kwargs.values()), None)
     if type(x) not in PLAIN or not x.is_cuda:
         return False
@@ -72,7 +72,7 @@ def on_gpu(args: tuple, kwargs: dict[str, Any]) -> bool:
 
 
 def replays_allowed() -> bool:
-    """Return whether calls can be recorded and replayed now, that is, whether nothing intercepts operations or launches."""
+    """Return whether calls can be recorded and replayed now. See docs/kernels.md for the cases in which they cannot."""
     return (
         conditions.current is conditions.DEFAULT
         and torch._C._dispatch_tls_local_include_set().raw_repr() in DEFAULT_KEYS
@@ -95,7 +95,7 @@ def initial_fields(kind: type) -> list[str]:
 
 
 def describe(values: Iterable[Any], key: list[Any], tensors: list[Tensor]) -> bool:
-    """Append the arguments' signature to `key` and their tensors to `tensors`. Return False if an argument is not supported."""
+    """Append the signature of `values` to `key`, and their tensors to `tensors`. Return False if a value is not supported."""
     for x in values:
         kind = type(x)
         if kind in PLAIN and x.layout is torch.strided and not (x.is_nested or x.is_neg() or x._is_zerotensor()):
@@ -113,7 +113,7 @@ def describe(values: Iterable[Any], key: list[Any], tensors: list[Tensor]) -> bo
 
 
 def replace_tensors(values: Iterable[Any], tensors: Iterator[Tensor]) -> list[Any]:
-    """Return the arguments with their tensors replaced by `tensors`, in the order in which `describe` finds them."""
+    """Return `values` with their tensors replaced by those in `tensors`. The order is that of `describe`."""
     results = []
     for x in values:
         if isinstance(x, Tensor):
@@ -132,7 +132,7 @@ class CallPlan:
     Attributes:
         forward: plan of the forward pass. Its sources are the tensors of the call.
         single: whether the function returns a tensor instead of a tuple.
-        saved: indices of the bases of the forward pass that are saved for the backward pass.
+        saved: indices of the bases that the forward pass saves for the backward pass.
         backward: plan of the backward pass. Its sources are the saved bases, then the gradients of the outputs.
         strides: recorded strides of the gradients of the outputs.
     """
@@ -166,7 +166,7 @@ class Entry:
 
     Attributes:
         plan: the plan of these calls, or None until it is complete.
-        reason: why these calls cannot be replayed, or None. If it is set, none of them is recorded again.
+        reason: why these calls cannot be replayed, or None. After it is set, no call with this signature is recorded.
         calls: number of earlier calls. Calls are not counted after `plan` or `reason` is set.
     """
 
@@ -193,8 +193,8 @@ def record(
 ) -> Any:
     """Run and record a call, and return its result.
 
-    If the call needs a backward pass, but its forward pass cannot be replayed, the function runs again, so that the result has
-    an ordinary autograd graph.
+    If the call needs a backward pass, but its forward pass cannot be replayed, the function runs again, so that autograd
+    records its operations.
     """
 
     def call(inputs: Iterable[Tensor]) -> Any:
@@ -214,7 +214,7 @@ def record(
 
 
 def arguments(tensors: Sequence[Tensor]) -> dict[int, Location]:
-    """Return the location of each tensor of a call. Tensor i starts at offset 0 of source i of the plan (see replay.py)."""
+    """Return the location of each tensor of a call. Tensor i starts at offset 0 of source i (see replay.py)."""
     return {i: Location(i, 0) for i in range(len(tensors))}
 
 

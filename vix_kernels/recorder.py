@@ -148,8 +148,8 @@ class Recorder(TorchDispatchMode):
         """Return the indices of the bases that the autograd graph of `results` saves for the backward pass.
 
         If saved tensors require gradients, but none of these tensors is an argument, `reason` is set, so the call is not
-        replayed. In a replay, saved arguments keep their autograd graph, and other saved tensors do not. Without such an
-        argument, differentiating the replay's gradients again would not raise an error.
+        replayed. In a replay, saved arguments keep their autograd graph, and other saved tensors do not. Without a saved
+        argument that requires a gradient, a second differentiation would not raise the required error.
         """
         nodes, seen, found, requires_grad = [x.grad_fn for x in results], {None}, {}, False
         while nodes:
@@ -169,7 +169,7 @@ class Recorder(TorchDispatchMode):
     def plan(
         self, sources: dict[int, Location], outputs: Sequence[Tensor | None], saved: Sequence[int] = ()
     ) -> tuple[PassPlan, dict[int, Location]] | None:
-        """Return a plan of the last recorded pass and the location of each base in it.
+        """Return a plan of the last recorded pass, and the location of each base in the plan.
 
         Return None if the pass cannot be replayed. In this case, `reason` is set.
 
@@ -226,7 +226,7 @@ class Recorder(TorchDispatchMode):
     def workspaces(
         self, steps: Sequence[Step], locations: dict[int, Location], saved: Sequence[int]
     ) -> tuple[dict[int, int], dict[int, int]]:
-        """Return the offsets of allocations in two workspaces: one for the saved bases, and one for all others."""
+        """Return the offsets of allocations in two workspaces: one for the saved bases, and one for all other bases."""
         first, last = {}, {}
         for i, step in enumerate(steps):
             for place in step.places:

@@ -98,7 +98,7 @@ class Launch(Step):
 class Operation(Step):
     """A PyTorch operation that returns new tensors, or that modifies a tensor of the pass in place and has no results.
 
-    `args` are the leaves of its positional and keyword arguments.
+    `args` are the leaves of the operation's positional and keyword arguments.
     """
 
     structure: TreeSpec  # structure of the arguments

@@ -58,7 +58,7 @@ def tasks(plan: Plan) -> Iterator[tuple[str, str, Case]]:
 
 
 def run(op: str, dtype: str, case: Case, device: str) -> float:
-    """Run forward and backward once, and return the time in seconds.
+    """Run the forward and backward passes once, and return the time in seconds.
 
     Random features require gradients, except in timing cases.
     """

@@ -74,8 +74,8 @@ def results(problem: Problem, **how: object) -> list[Tensor]:
 def against_float64(problem: Problem) -> tuple[str, float]:
     """Check the error of each result. The limit is twice the sum of plain PyTorch's error and the rounding error of the dtype.
 
-    Plain PyTorch runs in the same precision. The returned number is the largest ratio of an error to its limit, or, if the
-    check fails, the first ratio above 1.
+    Plain PyTorch runs in the same precision. Return an error message or "", and the largest ratio of an error to its limit. If
+    the check fails, return the first ratio above 1 instead.
     """
     exact = results(problem.double(), reference=True)
     plain = results(problem, reference=True)
@@ -93,7 +93,7 @@ def against_float64(problem: Problem) -> tuple[str, float]:
 
 
 def repeats(problem: Problem) -> tuple[str, float]:
-    """Check that repeated calls return bit-identical results. The returned number counts the calls whose results differ."""
+    """Check that repeated calls return bit-identical results. Return an error message or "", and how many calls differ."""
     first = results(problem, backend="triton")
     repetitions = 10 if first[0].is_cuda else 1
     different = sum(not _equal(first, results(problem, backend="triton")) for _ in range(repetitions))
@@ -116,7 +116,7 @@ def graph(problem: Problem) -> tuple[str, float]:
 
 
 def streams(problem: Problem) -> tuple[str, float]:
-    """Check ten times that two calls on concurrent streams return the same results as when each call runs alone."""
+    """Check ten times that two calls on concurrent streams return the same results as they do alone."""
     other = problem.map(lambda x: x.detach() * 0.75)
     alone = [results(each, backend="triton") for each in (problem, other)]
     torch.cuda.synchronize()

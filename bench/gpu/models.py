@@ -28,7 +28,7 @@ def rows(plan: Plan) -> Iterator[Job]:
 
 
 def order(plan: Plan) -> Iterator[tuple[str, Form, int, dict[str, Any]]]:
-    """Yield (model, form, batch size, arguments), the most important first."""
+    """Yield (model, (provider, dtype), batch size, model arguments), the most important measurements first."""
     if plan.dry:
         for name in DRY:
             yield name, OURS, 2, small_model(name)

@@ -40,7 +40,7 @@ class Plan:
             their rows say so.
         first: number of the first job to run. Earlier jobs ran in a previous process.
         eager: whether to run the first job without a CUDA graph.
-        begin: called with the number and name of each job before it runs.
+        begin: function that is called with the number and name of each job before the job runs.
         inject: the failure to simulate, or "" to simulate none.
     """
 

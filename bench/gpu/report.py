@@ -18,7 +18,10 @@ KEPT = 2**20  # bytes kept at each end of a log
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a part. `why` says why the part failed or was skipped. If the part is ok, `why` counts the skipped rows."""
+    """The result of a part.
+
+    `why` is the reason if the part failed or was skipped. If the part is ok, `why` contains the number of skipped rows, if any.
+    """
 
     part: str
     status: str  # "ok" | "failed" | "skipped"

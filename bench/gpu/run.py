@@ -11,10 +11,10 @@
 
 OUT receives summary.md, results.json, timing.csv, models.csv, correctness.csv, tune.csv, logs.zip and pictures.zip. All except
 pictures.zip are written after every part, and every {noted} seconds while a part runs. pictures.zip is written at the end. The
-summary names everything that was skipped for lack of time, memory or a package. It also names every job that ended its process,
-for example because of a crash. The part then continues with its next job in a new process. If a timing job ends its process
-because a CUDA graph could not be captured, the new process first repeats the job without a graph. A part ends early if several
-successive processes end before any of their jobs succeeds.
+summary names everything that was skipped for lack of time, memory or a package. It also names every job whose process died, for
+example in a crash. A new process then continues with the next job. If a failed CUDA graph capture makes a process unusable, the
+new process first repeats the job without a graph. A part is abandoned after three processes in a row die without a successful
+job.
 
 Exit status: 0 on success; {failed} if a part failed or the run was stopped; {usage} for wrong arguments; {unavailable} if the
 kernels cannot run on this machine or the GPU has too little memory, in which case one line says why.
@@ -54,9 +54,9 @@ PARTS = {
 }  # fmt: skip
 TOTAL = 520
 GRACE = 10  # seconds that a part has after its deadline to finish its job
-NOTED = 10  # seconds between reports while a part runs; if this process ends, only the results since the last report are lost
+NOTED = 10  # seconds between reports while a part runs; if this process dies, only the results since the last report are lost
 FEWEST = 5  # seconds that must remain to start a process
-BARREN = 3  # a part is abandoned after this many successive processes that end early without an ok row
+BARREN = 3  # a part is abandoned after this many processes in a row die without an ok row
 INJECTED = ("crash", "kill", "capture", "hang", "error")
 FAILED, USAGE, UNAVAILABLE = 1, 200, 201
 

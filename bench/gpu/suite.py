@@ -63,7 +63,7 @@ def run(selection: tuple[str, ...], plan: Plan) -> Iterator[Row]:
 
 
 def outcomes_of(text: str) -> dict[str, str]:
-    """Parse the output of `pytest -v`. Return a dictionary from the name of each test to its outcome.
+    """Parse the output of `pytest -v`. Return a dictionary that maps the name of each test to its outcome.
 
     The outcome is printed after the name of the test, or before it under xdist.
     """

@@ -42,7 +42,7 @@ def rows_of(*args: Any, **how: Any) -> list[Row]:
 
 
 def order(plan: Plan) -> Iterator[tuple[str, str, Case, tuple[str, ...]]]:
-    """Yield (operator, dtype, case, providers), the most important first, because time may run out."""
+    """Yield (operator, dtype, case, providers), the most important measurements first, because time may run out."""
     whole = [op for op in SPECS if op not in PRIMITIVES]
     if plan.dry:
         yield from ((op, "fp32", TINY, everyone(op)) for op in whole)

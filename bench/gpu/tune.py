@@ -1,4 +1,4 @@
-"""Search for faster launch configurations: spend a few seconds of `vix dev tune` on each main entry of the launch table."""
+"""Search for faster launch configurations, as `vix dev tune` does: up to 12 seconds for each key that `keys` returns."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def rows(plan: Plan) -> Iterator[Job]:
 
 
 def keys(plan: Plan) -> list[Key]:
-    """Return the keys to tune. Entries without a suffix come before entries with one, such as "..._heavy"."""
+    """Return the launch-table keys to tune. Kernels whose names have no suffix, such as "_heavy", come first."""
     names = {key: kernel_name(key[0]) for key in entries(architecture(torch.device(plan.device)))}
     chosen = (key for key, name in names.items() if name in KERNELS and key[1] == 16 and key[2] in (32, 64))
     return sorted(chosen, key=lambda key: (key[0] != names[key], -key[2], KERNELS.index(names[key])))

@@ -28,9 +28,9 @@ class ChannelNorm(nn.Module):
 class CvT(nn.Module):
     """The original CvN or CvP, depending on `attention`. Maps images (batch, 3, height, width) to logits (batch, num_classes).
 
-    `attention` is one of the functions in levit.py. Unlike the model in the CvT paper, the original model has no convolutions
-    for queries, keys and values. It accepts `s*_proj_kernel` and `s*_kv_proj_stride`, but does not use them, so `from_original`
-    drops them. `dropout` is applied in the feed-forward networks.
+    `attention` is one of the functions in levit.py. Unlike the model in the CvT paper, CvN and CvP have no convolutions for
+    queries, keys and values. The published classes accept `s*_proj_kernel` and `s*_kv_proj_stride`, but do not use them, so
+    `from_original` drops them. `dropout` is applied in the feed-forward networks.
     """
 
     def __init__(

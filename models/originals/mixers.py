@@ -1,9 +1,9 @@
 """The attention layers and the Fourier transform of the original models, in two implementations with the same parameters.
 
 backend="reference" runs the published computation in eager PyTorch. Like the original code, it stores all intermediate
-results in memory, such as scores, attention weights and complex numbers. The other backends run the operators of vix_kernels
-and PyTorch's scaled_dot_product_attention where these compute the same function. Performer attention has only the reference
-implementation, because no kernel supports its eps and its maximum over the batch.
+results in memory, such as logits, attention weights and complex Fourier coefficients. The other backends run the operators of
+vix_kernels and PyTorch's scaled_dot_product_attention where these compute the same function. Performer attention has only the
+reference implementation, because no kernel supports its eps and its maximum over the batch.
 
 A rotary `table` from vix.RotaryTable has the shape (positions, dim_head). The first half of its columns contains sines, and the
 second half contains cosines. Row t rotates the query and the key of token t, in interleaved pairs of channels.
@@ -40,7 +40,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, backend: 
 
 
 def rope_of(table: Tensor) -> Rope:
-    """Convert a rotary table to a Rope, in float32 or a wider dtype."""
+    """Convert a rotary table to a Rope. 16-bit tables are cast to float32."""
     sin, cos = table.to(torch.promote_types(table.dtype, torch.float32))[None].chunk(2, -1)
     return Rope(cos.contiguous(), sin.contiguous())
 

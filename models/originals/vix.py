@@ -2,9 +2,9 @@
 
     image -> stem -> class token, position -> depth x [x + mixer(norm(x)), x + feed_forward(norm(x))] -> pool -> norm -> linear
 
-`ViX` is the class of all these models. The functions below it create the token mixers and the stems. The keyword-only
-parameters of `ViX`, except `backend`, and of the function that creates the mixer are the constructor arguments of the original
-model.
+`ViX` is the class of all these models. The functions below it create the token mixers and the stems. The constructor
+arguments of an original model are the keyword-only parameters of `ViX`, except `backend`, and those of the function that
+creates the mixer.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def patches(channels: int, height: int, width: int, dim: int) -> nn.Module:
 def normed_patches(channels: int, height: int, width: int, dim: int) -> nn.Module:
     """Create the stem of the "wheel_" models: a linear layer between two norms.
 
-    The first norm is over the values of one patch. With patch_size=1, these values are the 3 colors of a pixel, so all
+    The first norm is over the values of one patch. With patch_size=1, these values are the 3 channels of a pixel, so all
     gray images have the same logits.
     """
     width_in = height * width * channels
@@ -190,7 +190,10 @@ def normed_patches(channels: int, height: int, width: int, dim: int) -> nn.Modul
 
 
 def convolutions(channels: int, height: int, width: int, dim: int) -> nn.Module:
-    """Create the stem of the hybrids: three 3 x 3 convolutions without activations, always with 3 input channels."""
+    """Create the stem of the hybrids: three 3 x 3 convolutions without activations.
+
+    As in the original, `channels` is ignored. There are always 3 input channels.
+    """
     if (height, width) != (1, 1):
         raise ValueError(f"patch_size: expected 1, the only patch size of the original, got {(height, width)}")
     widths = 3, 32, 64, dim

@@ -5,8 +5,9 @@
     python -m tests.attack --only nystrom_attention pack    # test only these ops and file readers
     python -m tests.attack --case "Case(op='linear_attention', magnitude=1e4)"
 
-The command prints each violation when it is found, together with the case that reproduces it. At the end, it prints the number
-of cases for each op, dtype and backend. The exit code is 1 if there were any violations.
+A violation is an error in the library, such as an inaccurate result or an undocumented exception. The command prints each
+violation when it is found, together with the case that reproduces it. At the end, it prints the number of cases for each op,
+dtype and backend. The exit code is 1 if there were any violations.
 """
 
 from __future__ import annotations

@@ -113,9 +113,9 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, valid: T
 
 
 def performer_attention(q: Tensor, k: Tensor, v: Tensor, w: Tensor, *, scale: float, valid=None, how=EXACT) -> Tensor:
-    """FAVOR+ attention, which replaces exp(scale q k) with a kernel.
+    """FAVOR+ attention, which replaces exp(scale q k) with an estimate from the random features w_j.
 
-    The kernel is sum_j exp(c w_j q - c^2 |q|^2 / 2) exp(c w_j k - c^2 |k|^2 / 2), where c^2 = scale.
+    Up to a constant factor, the estimate is sum_j exp(c w_j q - c^2 |q|^2 / 2) exp(c w_j k - c^2 |k|^2 / 2), where c^2 = scale.
     """
     c = math.sqrt(scale)
     of_queries = c * q @ w.mT - c**2 / 2 * (q * q).sum(-1, keepdim=True)
@@ -127,7 +127,10 @@ def performer_attention(q: Tensor, k: Tensor, v: Tensor, w: Tensor, *, scale: fl
 def feature_attention(
     q: Tensor, k: Tensor, v: Tensor, wq: Tensor, wk: Tensor, b: Tensor, *, scale: float, gaussian: float, valid=None, how=EXACT
 ) -> Tensor:  # fmt: skip
-    """Attention with the kernel sum_j exp(c wq_j q + b_j) exp(c wk_j k - gaussian c^2 |k|^2 / 2), where c^2 = scale."""
+    """Attention that replaces exp(scale q k) with a sum over the learned features wq_j and wk_j.
+
+    The sum is sum_j exp(c wq_j q + b_j) exp(c wk_j k - gaussian c^2 |k|^2 / 2), where c^2 = scale.
+    """
     c = math.sqrt(scale)
     of_queries = c * q @ wq.mT + b[..., None, :]
     of_keys = c * k @ wk.mT - gaussian * c**2 / 2 * (k * k).sum(-1, keepdim=True)
@@ -140,7 +143,7 @@ def linear_attention(
 ) -> Tensor:
     """Attention with the weights phi(q) phi(k), divided by their sum plus eps.
 
-    If W is given, q and k are first projected to D^(-1/4) W q and D^(-1/4) W k.
+    If w is given, q and k are first replaced by D^(-1/4) w q and D^(-1/4) w k, where D is the head dimension.
     """
     if w is not None:
         q, k = (x.shape[-1] ** -0.25 * x @ w.mT for x in (q, k))

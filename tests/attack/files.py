@@ -40,7 +40,7 @@ from vix_kernels.training.config import UserError
 from vix_kernels.training.data import Dataset, load_dataset
 from vix_kernels.training.trained import load_trained
 
-UNREAD = (".md", ".csv", ".yaml")  # suffixes of files in run and model folders that are not read back
+UNREAD = (".md", ".csv", ".yaml")  # suffixes of files that are ignored when a run or model is loaded
 SECONDS = 20  # a read that takes longer counts as a hang
 MEMORY = 2**31  # bytes that a read may allocate; larger allocations fail
 TINY = dict(embed_dim=8, depth=1, num_heads=1, patch_size=4, img_size=8, num_classes=2)
@@ -186,11 +186,11 @@ def make_config(folder: Path) -> None:
 
 
 class Refused(Exception):
-    """Raised when a command exits with code 2 and a one-line error."""
+    """Raised when a command exits with code 2 and an error message."""
 
 
 def command(*argv: str) -> None:
-    """Run `vix`. If it fails, it must exit with code 2 and a one-line error."""
+    """Run `vix`. Raise Refused if it exits with code 2 and an error message, and AssertionError for any other failure."""
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -1,6 +1,7 @@
 """Random cases for each op. Outputs and the gradients of all differentiable inputs are compared with a float64 definition.
 
-`check(case)` returns the violations in one `Case`. `cases(op, backend)` is the hypothesis strategy that draws cases.
+`check(case)` returns one line for each failed check of a `Case`. `cases(op, backend)` is the hypothesis strategy that draws
+cases.
 
 The error budget is the largest error that is allowed. It is twice the error of plain PyTorch in the same precision, plus an
 allowance for rounding, because PyTorch's error may be small by chance, or even 0. The allowance covers a few rounding errors of
@@ -108,7 +109,7 @@ class Problem:
             x are 0, too. `Trial.attempt` writes `case.junk` to copies of the tensors.
         run: function that computes the library's output from (tensors, backend).
         define: function that computes the exact output from (float64 tensors, how).
-        hidden: for each tensor name or "out", a mask that is True for masked elements. In inputs, they are set to `case.junk`.
+        hidden: for each tensor name or "out", a mask that is True for masked elements.
         ignored: names in `hidden` whose masked elements are not compared.
         cast: names of the tensors that autocast converts to a lower precision.
     """
@@ -291,7 +292,12 @@ def rotation(case: Case, draw: Draw) -> tuple[dict[str, Tensor], Callable, Calla
 def attention(
     op: str, case: Case, draw: Draw, mask: Tensor | None
 ) -> tuple[dict[str, Tensor], dict[str, Any], Callable[[dict[str, Tensor], How], Tensor]]:
-    """Return the extra tensors (without q, k and v), the library's options, and the definition for rotated q and k."""
+    """Return the inputs and the definition of an op.
+
+    Returns:
+        The tensors other than q, k and v, the options of the library's function, and a function that computes the definition
+        from all tensors, including rotated q and k.
+    """
     scale = case.scale or case.width**-0.5
     scaled = {} if case.scale is None else {"scale": case.scale}
     per_head = (case.heads,) if case.per_head else ()
@@ -501,8 +507,8 @@ class Trial:
         if "out" in self.problem.ignored:
             cotangent = cotangent.masked_fill(self.problem.hidden["out"], 0.0)
         self.cotangent = cotangent.to(self.stored)
-        # Upper bound for the dot product of a cotangent with a value or an output. In float16, such dot products may overflow
-        # before they are multiplied by small attention weights.
+        # Upper bound for the dot product of an output gradient with a value or an output. In float16, such dot products may
+        # overflow before they are multiplied by small attention weights.
         values = [x for x in (self.tensors.get("v"), exact) if x is not None and x.numel()]
         self.products = max((rows(x) * rows(self.cotangent) for x in values), default=0.0)
 
@@ -512,7 +518,10 @@ class Trial:
         return {name: (x.to(self.cast) if name in rounds else x).double() for name, x in tensors.items()}
 
     def exact(self, tensors: dict[str, Tensor], how: How = EXACT, noise: Noise = lambda x: x, signs: Tensor | None = None):
-        """Return the float64 results for inputs and cotangents changed by `noise`. `signs` multiplies the cotangents."""
+        """Apply `noise` to the inputs and to the gradient of the output, and return the float64 results.
+
+        If `signs` is given, the gradient of the output is multiplied by it.
+        """
         leaves = {name: noise(x).detach().requires_grad_(self.differentiable) for name, x in self.doubles(tensors).items()}
         cotangent = noise(self.cotangent.double())
         return results(leaves, self.problem.define(leaves, how), cotangent if signs is None else cotangent * signs)
@@ -581,7 +590,7 @@ def rounding(eps: float, alike: tuple[int, ...] = (), step: float = 0.0) -> Nois
 def stored_as(dtype: torch.dtype) -> Noise:
     """Return a function that adds the rounding errors of storing a tensor and its gradient in `dtype`.
 
-    The spacing of subnormal numbers is fixed, so their rounding error is absolute.
+    Subnormal numbers have a fixed spacing, so the errors also include an absolute term.
     """
     limits = torch.finfo(dtype)
     noise = rounding(limits.eps, step=limits.smallest_normal * limits.eps)
@@ -596,10 +605,10 @@ def stored_as(dtype: torch.dtype) -> Noise:
 
 
 def check(case: Case) -> list[str]:
-    """Return the violations in `case`, one line each."""
+    """Return one line for each failed check of `case`."""
     try:
         trial = Trial(case)
-    except Exception as error:  # all cases that are drawn are valid, so an error is a violation
+    except Exception as error:  # all cases are valid, so an error is a failed check
         return [f"building raises {type(error).__name__}: {error}"]
     try:
         with ThreadPoolExecutor(case.threads) as pool:
@@ -619,8 +628,8 @@ def compared(trial: Trial, actual: Results, plain: Results) -> list[str]:
 
     Where large logits are nearly equal, one rounding error can change the whole result, and the reference may have a small
     error only by chance. A failed comparison is therefore repeated with more simulated rounding errors, and with the errors of
-    the reference on nearby inputs, which differ by one rounding error. Violations with non-finite results always count. Other
-    violations count only if they also occur for most nearby inputs.
+    the reference on nearby inputs, which differ by one rounding error. Non-finite results are always reported. Other failures
+    are reported only if they also occur for most nearby inputs.
     """
     exact = trial.exact(trial.tensors)
     names, most = list(exact), torch.finfo(trial.computed).max / 4

@@ -1,4 +1,4 @@
-"""A small fixed sample of random cases. `make attack` draws different cases for a given time."""
+"""A small fixed sample of random cases. `make attack` tests new random cases until a time limit."""
 
 from __future__ import annotations
 

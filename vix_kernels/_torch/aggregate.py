@@ -36,11 +36,11 @@ def aggregate_forward(
     scale: float,
     gaussian: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return values (B, H, M, E), and lse, row_max and total, all (B, H, M).
+    """Return values (B, H, M, E) and three tensors (B, H, M): lse, row_max and total.
 
-    The key bias b_n is -|scale k_n|^2 / 2 if gaussian, else 0. With l in base 2, row_max_j is the largest logit of slot j,
-    total_j = sum_n exp2(l_jn - row_max_j), and lse_j = row_max_j + log2 total_j. A masked key has b_n = -inf and is read as 0,
-    even if it is NaN. A slot without valid keys has values 0, lse -inf and total 0.
+    The key bias b_n is -|scale k_n|^2 / 2 if gaussian, else 0. The logits l_jn are in base 2. row_max_j is the largest logit of
+    slot j, total_j = sum_n exp2(l_jn - row_max_j), and lse_j = row_max_j + log2 total_j. A masked key has b_n = -inf and is
+    read as 0, even if it is NaN. A slot without valid keys has values 0, lse -inf and total 0.
     """
     all_slots = expand_slots(slots, k)
     rope = Rotation(rotary, all_slots.dtype)
@@ -164,7 +164,7 @@ def _key_bias(keys: Tensor, tile: Tile, mask: Tensor | None, scale: float, gauss
 def _row_products(x: Tensor, y: Tensor) -> Tensor:
     """Return the dot products x_j . y_j of rows, (pairs, M, 1).
 
-    They are rounded like the products of gradients and v in aggregate_backward, so that the two cancel exactly if a slot
+    They are rounded like the products of gradients and v in aggregate_backward, so their difference is exactly 0 if a slot
     attends to only one token.
     """
     rows = x.shape[1]

@@ -40,9 +40,9 @@ def broadcast_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return out (B, H, N, E) in q's dtype, and empty tensors for row_max and inverse.
 
-    The bias a_j is slot_bias (B, H, M), or 0 if slot_bias is None. If slot_bias is a mask (B, M), the bias of a slot is
-    -inf if its element of the mask is 0, and 0 otherwise. A slot with bias -inf has probability 0. If all slots have bias -inf,
-    the output of the attention is 0. If v and conv_weight are given, the convolution of v is added to out.
+    The bias a_j is slot_bias (B, H, M), or 0 if slot_bias is None. If slot_bias is a mask (B, M), slots whose element is 0 have
+    bias -inf, and all other slots have bias 0. A slot with bias -inf has probability 0. If all slots have bias -inf, the output
+    of the attention is 0. If v and conv_weight are given, the convolution of v is added to out.
     """
     all_slots, values, biases = expand_slots(slots, q), wide(values), _slot_bias(slot_bias, slots, q)
     rope = Rotation(rotary, all_slots.dtype)
@@ -121,9 +121,9 @@ def broadcast_backward(
 
 
 def _query_exps(queries: Tensor, pt: Tensor, bias: Tensor, scale: float, square: Scratch) -> tuple[Tensor, Tensor]:
-    """Return exp(g_nj - max_j g_nj) for a tile, (pairs, tokens, M), and its sums over slots (1 if all biases are -inf)."""
+    """Return exp(g_nj - max_j g_nj) for a tile, (pairs, tokens, M), and the sums over slots (1 if all biases are -inf)."""
     logits = torch.baddbmm(bias, queries, pt, alpha=scale * LOG2E, out=square(*queries.shape[:2], pt.shape[2]))
-    row_max = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)  # avoids inf - inf
+    row_max = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)  # avoids -inf - (-inf)
     logits.sub_(row_max)
     exps = square.apply(torch.exp2)
     return exps, at_least_one(exps.sum(-1, keepdim=True))

@@ -15,7 +15,7 @@ def dft(x: Tensor, ortho: bool) -> Tensor:
 
     Let w at (n, d) be the sum of x at (n, d) and x at (-n, -d). Then w has the same value at (n, d) and (-n, -d). So the
     transform of w over the channels is Hermitian in n, and the transform of the result over the tokens is real. The first
-    transform needs only half of the rows, and the second only half of the columns.
+    transform needs only half of the rows, and the second transform needs only half of the columns.
     """
     batch, tokens, width = x.shape
     rows, columns = tokens // 2 + 1, width // 2 + 1
@@ -31,7 +31,7 @@ def dft(x: Tensor, ortho: bool) -> Tensor:
         torch.add(part[:, 1:rows, 0], mirror[:, :, 0].flip(1), out=w[:, 1:, 0])
         torch.add(part[:, 1:rows, 1:], mirror[:, :, 1:].flip(1, 2), out=w[:, 1:, 1:])
         half = torch.fft.rfft(w, dim=2)
-        half.imag.neg_()  # in place, whereas hfft would copy
+        half.imag.neg_()  # in place; hfft would copy
         # Each row of the transposed matrix is one column of one sample, so the result of a sample is bit-identical for any
         # batch size.
         half = torch.fft.irfft(half.mT.contiguous().flatten(0, 1), n=tokens, norm="forward")

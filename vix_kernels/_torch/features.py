@@ -24,7 +24,7 @@ class Features:
         return self.like.new_empty(shape)
 
     def slot_sums(self, x: Tensor) -> Tensor:
-        """Return a zero tensor (B, H, D, M), in which the transposed gradient of the slots is accumulated."""
+        """Return a zero tensor (B, H, D, M) for the transposed gradient of the slots."""
         return self.empty(*x.shape[:2], x.shape[3], self.num_slots).zero_()
 
     def logits(self, x: Tensor, group: Group) -> Tensor:
@@ -43,7 +43,7 @@ class Features:
         return dlogits.mul_(self._exp(logits) if self.elu else logits > 0)
 
     def _exp(self, logits: Tensor) -> Tensor:
-        """Return exp(min(logits, 0)), which is the slope of elu(x) + 1 at the logits and never overflows."""
+        """Return exp(min(logits, 0)), the slope of elu(x) + 1 at the logits. It never overflows."""
         torch.clamp(logits, max=0, out=self.third(*logits.shape))
         return self.third.apply(torch.exp)
 

@@ -104,7 +104,7 @@ def _lines(x: Tensor, pool: Pool) -> Tensor:
 
 
 def _window_sums(x: Tensor, axis: int, count: int, adaptive: bool) -> Tensor:
-    """Return the sums of x over `count` windows along `axis`, which is negative."""
+    """Return the sums of x over `count` windows along `axis`, a negative index."""
     size = x.shape[axis]
     if size == count:
         return x
@@ -133,9 +133,9 @@ def _overlapping_windows(size: int, count: int, device: torch.device) -> tuple[T
 
 
 def _spread(marks: Tensor, axis: int, adaptive: bool, other: Tensor | None, out: Tensor) -> None:
-    """For each token along `axis`, which is negative, sum the marks of the windows that contain it, and add `other`.
+    """Set each token of `out` to the sum of the marks of the windows that contain it, plus `other` (if any).
 
-    The result is written to `out`.
+    Tokens and windows are numbered along `axis`, a negative index.
     """
     size, count = out.shape[axis], marks.shape[axis]
     short, longer = divmod(size, count)

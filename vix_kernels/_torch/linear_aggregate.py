@@ -75,6 +75,6 @@ def linear_aggregate_backward(
 
 
 def _valid_factor(mask: Tensor, tile: Tile, like: Tensor) -> Tensor:
-    """Return 1 for each valid key of a tile and 0 for the others, as a tensor (pairs of sample and head, tokens, 1)."""
+    """Return 1 for each valid key of a tile and 0 for each masked key, (pairs, tokens, 1). A pair is a sample and a head."""
     rows = valid_tokens(mask, tile).to(like.dtype)
     return rows.expand(-1, like.shape[0] // len(rows), -1).flatten(0, 1).unsqueeze(2)

@@ -53,7 +53,7 @@ def linear_broadcast_backward(
     dS_j = sum_n f_nj d_n      dz_j = -sum_n f_nj d_n . out_n
 
     d_n . out_n is computed as sum_j f_nj d_n . S_j / t_n, because `out` may be rounded to 16 bits. S, z and t are scaled so
-    that the largest t of each sample and head is about 1, because otherwise d_n would overflow if all features were small.
+    that the largest t of each sample and head is about 1. Otherwise, d_n would overflow if all features were small.
     """
     need_slots, need_sums = needs
     features_of = Features(slots, q, rotary, feature_map)

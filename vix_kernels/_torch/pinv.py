@@ -45,7 +45,7 @@ def pinv_backward(
         G = dZ'    dY = -1/4 Z^T G    dW = X^T dY    dX = 15 dY - 7 dW + dY W^T + dW X^T + X^T dW
         dA += dX Z^T    dZ = 1/4 (13 G - G Y^T) + A^T dX
 
-    X, W and Y are symmetric only up to rounding, so the code does not skip the transpositions in these equations.
+    X, W and Y are symmetric only up to rounding, so the code keeps the transposes in these equations.
     """
     need_q, need_k, need_values = needs
     q, k, contents = read(q_marks, q_counts), read(k_marks, k_counts), read(values, q_counts)
@@ -94,7 +94,7 @@ def _attention(q: Tensor, k: Tensor, q_counts: Tensor | None, k_counts: Tensor |
 
 
 def _start(a: Tensor, init: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Z_0, the scale s and the column sums of A (pairs, 1, L). s is (pairs, 1, 1), or a single number for "original"."""
+    """Return Z_0, its divisor s and the column sums of A (pairs, 1, L). s is (pairs, 1, 1), or one number for "original"."""
     sums = a.sum(1, keepdim=True)
     s = sums.amax() if init == "original" and len(a) else sums.amax(-1, keepdim=True)
     s = s.masked_fill(s == 0, 1)  # s is 0 if no landmark is valid

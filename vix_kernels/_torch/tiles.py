@@ -6,7 +6,7 @@ tokens are in memory at a time, in a buffer that all tiles share. Products and s
 inputs). 16-bit inputs are cast one tile at a time.
 
 Shapes: slots (Bs, Hs, M, D) with Bs in {1, B} and Hs in {1, H}; q, k (B, H, N, D); v (B, H, N, E); values (B, H, M, E);
-mask bool (B, N); cos, sin float32 or float64 (1 or H, N, R / 2) with R <= D, which rotate the first R channels of q or k.
+mask bool (B, N); cos, sin float32 or float64 (1 or H, N, R / 2), for the first R <= D channels of q or k.
 Outputs and gradients of tokens have the same memory layout as the tokens. Other tensors are contiguous.
 """
 
@@ -21,8 +21,8 @@ from torch import Tensor
 from ..layout import Rotary, accumulator, flattened
 
 LOG2E = 1 / math.log(2)  # logits are in base 2, because exp2 is several times faster than exp on a CPU
-# Number of logits per tile. On a CPU, the logits fit in the caches of a core. On a GPU, there are enough of them to hide the
-# overhead of kernel launches.
+# Number of logits per tile. On a CPU, the logits of a tile fit in the caches of a core. On a GPU, a tile has enough logits to
+# hide the overhead of kernel launches.
 TILE_CPU, TILE_GPU = 2**19, 2**24
 # GRAIN is the smallest number of elements per thread in PyTorch's pointwise operators. VECTORS is a multiple of the number of
 # elements in two SIMD vectors of any CPU.
@@ -35,7 +35,7 @@ Tile = tuple[slice, slice, slice]
 
 
 class Rotation:
-    """Rotary embedding u' = u cos - v sin, v' = u sin + v cos. If rotary is None, it is the identity.
+    """Rotary embedding u' = u cos - v sin, v' = u sin + v cos. If rotary is None, the rotation is the identity.
 
     Pairs (u, v) are channels (2i, 2i + 1) if interleaved, else (i, i + R / 2).
     """

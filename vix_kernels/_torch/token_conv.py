@@ -46,7 +46,9 @@ def token_conv_backward(
     dv_other: Tensor | None,
     needs: Needs,
 ) -> tuple[Tensor, Tensor]:
-    """Return dv + dv_other, which is 0 for masked tokens, and dweight. Gradients that `needs` does not request are empty.
+    """Return the sum dv + dv_other, set to 0 for masked tokens, and dweight.
+
+    A dv_other of None counts as 0. Gradients that `needs` does not request are empty.
 
     dv_s = sum_u w_{taps - 1 - u} dout_{s + u - taps // 2}    dw_{taps - 1 - u} = sum_s v_s . dout_{s + u - taps // 2}
     """
@@ -61,7 +63,7 @@ def token_conv_backward(
 
 
 def _convolved(x: Tensor, weight: Tensor, mask: Tensor | None) -> Iterator[tuple[Group, Tensor]]:
-    """Yield each group and its convolution, (samples, N, E), which is overwritten when the next group is computed."""
+    """Yield each group and its convolution (samples, N, E). The next convolution overwrites the previous one."""
     rows = _Rows(x, weight.shape[2])
     bands = _bands(weight.to(rows.memory.dtype))
     memory = torch.empty_like(rows.blocks)
@@ -125,7 +127,7 @@ class _Rows:
         return blocks.view(-1, self.count * BLOCK, blocks.shape[2])[:, : self.tokens]
 
     def fill(self, x: Tensor, group: Group, mask: Tensor | None) -> int:
-        """Copy a group of x (B, H, N, E), set masked tokens to 0, and return the number of its blocks."""
+        """Copy a group of x (B, H, N, E) to the buffer with masked tokens set to 0, and return the number of blocks used."""
         part = x[group]
         used = len(part) * self.count
         rows = self.tokens_of(self.blocks[:used]).copy_(part)

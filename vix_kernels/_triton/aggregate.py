@@ -5,7 +5,7 @@ loads a tile of slots and then loops over a chunk of the tokens. In the kernel f
 before its loop over a chunk of the tokens, if `Tile.resident` allows it. Otherwise, it loads them again for each tile of
 tokens. No kernel uses atomics: each output is written once, by one program, and chunks are merged in a fixed order.
 
-FOLD means that slots are float32 and tokens bfloat16. In this case, the loaded slots include the factor scale * log2(e), and
+FOLD means that slots are float32 and tokens are bfloat16. Then the loaded slots include the factor scale * log2(e), and
 `size` is 1 (see prepare.py). Vectors, such as the bias of the keys, are added by an additional matrix product (see logits.py).
 """
 
@@ -128,7 +128,7 @@ def slot_operands(
 
     Returns:
         The two tiles from `slot_parts`, unit, size, row_max and delta. Without FOLD, row_max and delta are vectors. With FOLD,
-        they are tiles, `bias_columns` of the negated vectors. Adding their products with `ones_columns` subtracts the vectors.
+        they are tiles: `bias_columns` of the negated vectors. Adding their products with `ones_columns` subtracts the vectors.
     """
     o_m = first_slot + tl.arange(0, BLOCK_M)
     b_slots = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
@@ -148,7 +148,7 @@ def add_token_gradients(
 ):  # fmt: skip
     """Add the contribution of a tile of slots to dk, dv and db.
 
-    For each key, db is the sum of the gradients of its logits over the slots. `operands` is the result of slot_operands.
+    For each key, db is the sum of its logit gradients over the slots. `operands` is the result of slot_operands.
     """
     high, low, b_unit, b_size, b_row_max, b_delta = operands
     ROWS: tl.constexpr = b_k.shape[0]

@@ -1,8 +1,8 @@
 """Kernels for `dft`: matrix products with cosines and sines (see primitives/dft.py for the equation).
 
 The input has N tokens and D channels, and indices are modulo N and D. Let C_N[a, n] = cos(2 pi an / N) and
-S_N[a, n] = sin(2 pi an / N). For 0 <= n <= N / 2, let row n of E and O be the sum and the difference of the tokens n and -n.
-If n = -n, row n of E is token n. Then
+S_N[a, n] = sin(2 pi an / N). For 0 <= n <= N / 2, let row n of E be the sum of the tokens n and -n, and let row n of O be their
+difference. If n = -n, row n of E is token n. Then
 
     P = C_N (E C_D)        R = S_N (O S_D)        y at (a, b) and (-a, -b) is P - R        y at (-a, b) and (a, -b) is P + R
 
@@ -64,7 +64,7 @@ def dft_tables_kernel(
     over_channels, over_tokens, N, D, channel_rows, channel_columns, token_rows, token_columns,
     BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Compute a block of the table for channels if program_id(1) is 0, and of the table for tokens if it is 1."""
+    """Compute a block of the tables for channels (program_id(1) = 0) or for tokens (program_id(1) = 1)."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if tl.program_id(1) == 0:
         sin = over_channels + channel_rows * channel_columns

@@ -47,7 +47,9 @@ def load_operands(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     ELU: tl.constexpr, SPLIT: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Load a tile of slots as two tiles, whose sum is multiplied by tokens. If not SPLIT, only the first tile is used.
+    """Load a tile of slots and split it into a sum of two DTYPE tiles.
+
+    Unless SPLIT, both tiles are the slots, and products use only the first tile.
 
     For elu, the slots are multiplied by log2 e, so that exp2 of a product is the exponential of the original product.
     """
@@ -64,9 +66,9 @@ def copies(numbers, DTYPE: tl.constexpr):
     """Return a tile with COPIES rows and one column per number.
 
     The product of features and the transpose of this tile is the sum of the features over tokens or slots, weighted by the
-    numbers. It takes only matrix instructions. In gradient_products, the product of a constant tile and this tile adds each
-    number to a whole column. Half of the rows are the numbers rounded to DTYPE, and the other half are the rounding errors. The
-    copies are rows instead of columns, so that each thread loads only a few numbers.
+    numbers. Computing it takes only matrix instructions. In gradient_products, the product of a constant tile and this tile
+    adds each number to a whole column. Half of the rows are the numbers rounded to DTYPE, and the other half are the rounding
+    errors. The copies are rows instead of columns, so that each thread loads only a few numbers.
     """
     high, low = split(numbers, DTYPE)
     return tl.where((tl.arange(0, COPIES) < COPIES // 2)[:, None], high[None, :], low[None, :])

@@ -106,7 +106,7 @@ def landmarks_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, ADAPTIVE: tl.constexpr,
     Q_MASKED: tl.constexpr, K_MASKED: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Compute a tile of landmarks, for q if program_id(1) is 0 and for k if it is 1."""
+    """Compute a tile of landmarks of q (program_id(1) = 0) or of k (program_id(1) = 1)."""
     if tl.program_id(1) == 0:
         mean(
             q_marks, q_counts, q, q_mask, q_b, q_h, q_n, q_mask_b, q_mask_n, q_columns, q_longest, cos, sin, angle_h,
@@ -184,7 +184,7 @@ def landmarks_backward_kernel(
     Q_OTHER: tl.constexpr, Q_MORE: tl.constexpr, Q_MASKED: tl.constexpr,
     K_OTHER: tl.constexpr, K_MORE: tl.constexpr, K_MASKED: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradient of a tile of tokens, for q if first + program_id(1) is 0 and for k if it is 1."""
+    """Compute the gradient of a tile of tokens of q (first + program_id(1) = 0) or of k (first + program_id(1) = 1)."""
     if first + tl.program_id(1) == 0:
         token_gradient(
             dq, q_other, dq_marks, q_more, q_counts, q_mask,

@@ -36,7 +36,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
 
 
 def start(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> compiled.Compiled | None:
-    """Launch a kernel. Return the compiled kernel, or None if only Triton can launch it."""
+    """Launch a kernel. Return the compiled kernel, or None if later launches must also go through Triton."""
     if interpreted():
         kernel[grid](*args, **meta)
         return None
@@ -53,7 +53,7 @@ def start(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[
 class LaunchConfig:
     tile: Tile
     compute: torch.dtype  # dtype of logits, statistics and accumulators
-    split: bool  # whether slots are float32 and tokens 16-bit; such slots are multiplied as a sum of two 16-bit tiles
+    split: bool  # whether slots are float32 and tokens are 16-bit; such slots are multiplied as a sum of two 16-bit tiles
     precision: str  # precision of float32 products
     multiprocessors: int  # result of the function `multiprocessors` for the device
     step: int  # tokens per tile in the launch table; the size of a chunk is a multiple of this number
@@ -80,7 +80,10 @@ class LaunchConfig:
         return max(1, WARPS_A_MULTIPROCESSOR // self.tile.num_warps)
 
     def slots(self, num_slots: int) -> int:
-        """Return the slots per tile: as many as in the launch table, or a smaller power of two >= 64 that holds all slots."""
+        """Return the number of slots per tile.
+
+        This is the number in the launch table, or the smallest power of two >= 64 that holds all slots, if that is less.
+        """
         return min(self.tile.slots, max(64, power_of_2(num_slots)))
 
     def stream(self, programs: int, tokens: int, num_slots: int) -> tuple[int, dict[str, int]]:
@@ -120,7 +123,7 @@ class LaunchConfig:
 
 
 VARIANTS = ("_heavy", "_learned", "_half")  # suffixes in the launch table
-WARPS_A_MULTIPROCESSOR = 8  # warps that fit in a multiprocessor if each thread uses the maximum number of registers
+WARPS_A_MULTIPROCESSOR = 8  # warps that fit on a multiprocessor if each thread uses the maximum number of registers
 LEAST_CHUNK = 256  # tokens; merging smaller chunks would take more time than the additional programs save
 # Largest number of tokens per tile when the interpreter uses the launch configurations of a GPU architecture. With tiles this
 # large, the interpreter takes one fifth of the time that it takes with the tiles of the launch table. Each launch still reads
@@ -178,8 +181,8 @@ def find_tile(arch: str, kernel: str, bits: int, width: int, heavy: bool) -> tup
     """Return the key in the launch table and the tile of `kernel` on `arch`.
 
     If `heavy`, prefer the entry `{kernel}_heavy`, for launches that need more registers. If there is no entry with a suffix
-    (see VARIANTS), the entry without it is used. An entry with a suffix in TABLE takes precedence over an entry without a
-    suffix in OVERRIDES.
+    (see VARIANTS), the entry without the suffix is used. An entry with a suffix in TABLE takes precedence over an entry without
+    a suffix in OVERRIDES.
     """
     names = (f"{kernel}_heavy", kernel, kernel_name(kernel)) if heavy else (kernel, kernel_name(kernel))
     keys = [(name, bits, width) for name in dict.fromkeys(names)]
@@ -202,7 +205,7 @@ def _precision(tile: Tile, arch: str, tf32: bool) -> str:
 
 
 def triton_dtype(dtype: torch.dtype) -> Any:
-    """Return the Triton dtype for sums and statistics whose torch dtype is `dtype`."""
+    """Return tl.float64 if `dtype` is torch.float64, else tl.float32."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
@@ -255,7 +258,7 @@ def output_strides(x: Tensor) -> tuple[int, int, int]:
 
 
 def slot_strides(x: Tensor) -> tuple[int, int, int]:
-    """Return the strides of the batch, the heads and the slots. Dimensions of size 1 are broadcast, so their stride is 0."""
+    """Return the batch, head and slot strides of x. Dimensions of size 1 are broadcast, so their stride is 0."""
     return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
 
 
@@ -264,7 +267,7 @@ def mask_strides(mask: Tensor | None) -> tuple[int, int]:
 
 
 def rotary_arguments(rotary: Rotary | None, placeholder: Tensor) -> tuple[Tensor, Tensor, int, dict[str, Any]]:
-    """Return cos, sin, their stride between heads (0 if all heads share a table), and the constexprs of the rotation.
+    """Return cos, sin, their head stride (0 if all heads share a table), and the constexprs of the rotation.
 
     ROTARY is the number of rotated channels. Without a rotation it is 0, and kernels do not read cos and sin.
     """
@@ -276,7 +279,7 @@ def rotary_arguments(rotary: Rotary | None, placeholder: Tensor) -> tuple[Tensor
 
 
 def merge_arguments(parts: Tensor, *, outputs: int) -> tuple[tuple[int], tuple[Tensor, ...], dict[str, Any]]:
-    """Return the grid, the output tensors and `meta` (see `launch`) for a kernel that merges the results of the token chunks.
+    """Return the grid, the output tensors and `meta` (see `launch`) for a kernel that merges the results of chunks of tokens.
 
     Args:
         parts: results of the chunks, (batch, heads, chunks, M, E).

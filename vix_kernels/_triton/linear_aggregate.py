@@ -1,7 +1,7 @@
 """Kernels for `linear_aggregate`, which sums the values of the tokens for each slot, weighted by features.
 
 See primitives/linear.py for the equations. The kernels have the same loops as the kernels for `aggregate`, but they keep no
-running max and do not normalize the sums.
+running maximum and do not normalize the sums.
 """
 
 from __future__ import annotations

@@ -271,8 +271,8 @@ def linear_broadcast_slots_kernel(
 ):  # fmt: skip
     """Compute the contribution of a chunk of tokens to dsums, dnorms and, if NEED_SLOTS, dslots.
 
-    Each program handles a tile of slots of one sample and head. Features must be divided by the total of their token. The
-    kernel divides dout and delta instead, except in float16, where these quotients could overflow. In float16, it multiplies
+    Each program handles a tile of slots of one sample and head. The gradients contain features divided by their token's total.
+    The kernel divides dout and delta instead, except in float16, where the quotients could overflow. In float16, it multiplies
     each feature by its slot's norm and HALF_SCALE, and divides it by the total, so that the result is at most HALF_SCALE.
     """
     i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)

@@ -4,10 +4,10 @@ A kernel computes one exponential per logit. In the time that one exponential ta
 so every instruction per logit counts. Where possible, these functions work per slot or per token instead of per logit, or use
 matrix instructions.
 
-If slots are float32 and tokens 16-bit (SPLIT), each tile of slots is split into two 16-bit tiles when it is loaded. With FOLD,
-the tile is first multiplied by scale * log2(e), and vectors, such as biases, are added by a matrix product. With SPLIT,
-`broadcast` always uses FOLD, but `aggregate` only for bfloat16. A float32 number y is the sum of three bfloat16 numbers y0, y1
-and y2, so the addition
+If slots are float32 and tokens are 16-bit (SPLIT), each tile of slots is split into two 16-bit tiles when it is loaded. With
+FOLD, the tile is first multiplied by scale * log2(e), and vectors, such as biases, are added by a matrix product. With SPLIT,
+`broadcast` always uses FOLD, and `aggregate` uses it only for bfloat16. A float32 number y is the sum of three bfloat16 numbers
+y0, y1 and y2, so the addition
 
     acc[n, m] + y[m]  =  acc + [1 1 1 0 ... 0] @ [y0 y1 y2 0 ... 0]^T
 
@@ -25,9 +25,11 @@ EXCLUDED = tl.constexpr(-3e38)  # bias of invalid slots instead of -inf, because
 
 @triton.jit
 def slot_parts(slots, scale, DTYPE: tl.constexpr, SPLIT: tl.constexpr, FOLD: tl.constexpr):
-    """Return slots as two DTYPE tiles (the same tile twice unless SPLIT), multiplied by scale * log2(e) if FOLD.
+    """Split slots, multiplied by scale * log2(e) if FOLD, into a sum of two DTYPE tiles.
 
-    If DTYPE is bfloat16, which has the range of float32, the multiplied slots are split as precisely as the original slots.
+    Unless SPLIT, both tiles are the slots, and products use only the first tile.
+
+    In bfloat16, which has the range of float32, the multiplication does not make the split less precise.
     """
     if FOLD:
         slots = slots * (scale * LOG2E)

@@ -90,7 +90,7 @@ def merge_softmax_kernel(
 def empty_slots(slots: Tensor, batch: int, num_heads: int, chunks: int, dtype: torch.dtype) -> Tensor:
     """Return an uninitialized tensor (batch, heads, chunks, M, D) for the gradient of `slots` in each chunk.
 
-    The tensor has the slots' dtype if `sum_slots` has nothing to sum, otherwise `dtype`.
+    Its dtype is that of `slots` if there is one chunk and no samples or heads share slots. Otherwise, its dtype is `dtype`.
     """
     alone = chunks == 1 and slots.shape[:2] == (batch, num_heads)
     return slots.new_empty(batch, num_heads, chunks, *slots.shape[2:], dtype=slots.dtype if alone else dtype)

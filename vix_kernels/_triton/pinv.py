@@ -22,7 +22,7 @@ from .pinv_registers import advance_all, differentiate_all, pinv_forward_registe
 from .pinv_steps import BACKWARD, DA, DY, DZ, FORWARD, A, Z, advance, differentiate, keep_middle, part, restart
 from .tiles import dot, row_products, store_tile
 
-WARPS_A_MULTIPROCESSOR = 8  # number of warps that fit in a multiprocessor if each thread has 255 registers
+WARPS_A_MULTIPROCESSOR = 8  # number of warps that fit on a multiprocessor if each thread has 255 registers
 # Largest number of iterations whose products do not overflow float16. Each iteration can scale Z and its gradient by 13 / 4.
 REGISTER_ITERATIONS = 8
 
@@ -51,7 +51,7 @@ def start(
     D: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, Q_MASKED: tl.constexpr, K_MASKED: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute A and the first Z and store them in `memory`. Return the initial scale s."""
+    """Compute A and the first Z and store them in `memory`. Return s, the divisor in Z_0 = A^T / s."""
     columns = tl.arange(0, SIZE)
     has_column = has_landmark(k_counts, i_b, k_counts_b, k_counts_l, columns, L, K_MASKED)
     sums = tl.zeros((SIZE,), COMPUTE)

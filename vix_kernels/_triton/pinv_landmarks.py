@@ -1,4 +1,4 @@
-"""Device functions that all kernels of `pinv` share: loads of landmarks, their attention weights and the initial scale."""
+"""Device functions of all `pinv` kernels. They load landmarks and compute attention weights and s, the divisor in A^T / s."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def attention(
 
 @triton.jit
 def start_scale(sums):
-    """Return the initial scale s and, for each column of A, the fraction of the gradient of s that the column receives.
+    """Return s and, for each column of A, the fraction of the gradient of s that the column receives.
 
-    s is the largest column sum of A, or 1 if that sum is 0.
+    s is the divisor in Z_0 = A^T / s: the largest column sum of A, or 1 if that sum is 0.
     """
     s = tl.max(sums, 0)
     largest = (sums == s).to(sums.dtype)

@@ -26,7 +26,7 @@ LARGEST = tl.constexpr(7)  # the largest element of dZ is scaled to at least 2^-
 def parts(x, PARTS: tl.constexpr):
     """Return x as two tiles, high and low, for `product`.
 
-    Both are x if PARTS is 0, and x in float16 if it is 1. If PARTS is 2, they are two float16 parts of UNIT * x.
+    Both are x if PARTS is 0, and x in float16 if PARTS is 1. If PARTS is 2, they are two float16 parts of UNIT * x.
     """
     if PARTS == 0:
         high, low = x, x
@@ -44,7 +44,7 @@ def parts(x, PARTS: tl.constexpr):
 def product(
     x, y, COMPUTE: tl.constexpr, PARTS: tl.constexpr, X_TURNED: tl.constexpr = False, Y_TURNED: tl.constexpr = False,
 ):  # fmt: skip
-    """Return x @ y. x is transposed if X_TURNED, and y if Y_TURNED. PARTS is the argument of `parts`.
+    """Return x @ y. x is transposed if X_TURNED, and y is transposed if Y_TURNED. PARTS is the argument of `parts`.
 
     With two parts, the result has about the precision of float32. The product of the two small parts is below that precision,
     so it is skipped.
@@ -80,7 +80,7 @@ def advance(a, z, COMPUTE: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def normalize(dz, size, PARTS: tl.constexpr):
-    """Scale dz by a power of two, and divide `size` by the same power.
+    """Return dz times a power of two, and `size` divided by the same power. If PARTS is 0, return both unchanged.
 
     The products of the scaled dz neither overflow float16 nor become subnormal.
     """

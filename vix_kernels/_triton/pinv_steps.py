@@ -40,7 +40,8 @@ def multiply(
 ):  # fmt: skip
     """Compute OUT = FACTOR * (LEFT @ RIGHT + WEIGHT * OTHER + OUT). The last term is added only if ADD.
 
-    LEFT is transposed if LEFT_TURNED, and RIGHT if RIGHT_TURNED. OUT may be the same matrix as LEFT if LEFT is not transposed.
+    LEFT is transposed if LEFT_TURNED, and RIGHT is transposed if RIGHT_TURNED. Unless LEFT is transposed, OUT may be the same
+    matrix as LEFT.
     """
     ROWS: tl.constexpr = min(SIZE, 64)
     for row in range(0, SIZE, ROWS):

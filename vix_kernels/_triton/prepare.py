@@ -23,12 +23,12 @@ def aggregate_prepare_kernel(
 
     The gradient of a logit is (size <unit, v> - delta) times the exponential of the logit or, for features, times the slope of
     the feature map. size * unit is dvalues / total, and unit has the tokens' dtype. dvalues is a sum over all tokens, so in
-    float16 it can overflow even if dk and dv do not. size therefore includes a power of two that keeps unit within [-1, 1].
-    bfloat16 has the range of float32. With bfloat16 and SOFTMAX, size is therefore 1, and unit is dvalues / total.
+    float16 it can overflow even if dk and dv do not. Therefore, size includes a power of two that keeps unit within [-1, 1].
+    bfloat16 has the range of float32. Therefore, with bfloat16 and SOFTMAX, size is 1, and unit is dvalues / total.
 
     If SOFTMAX, delta = (<dvalues, values> - dlse / ln 2) / total. <dvalues, values> is computed in the same way as <unit, v> in
-    the gradient kernels, so that the two cancel if a slot attends to only one token. If not SOFTMAX, the kernel prepares the
-    backward pass of linear_aggregate. Then delta = -dnumber, and 1 is used in place of total.
+    the gradient kernels, so both terms cancel exactly if a slot attends to only one token. If not SOFTMAX, the kernel prepares
+    the backward pass of linear_aggregate. Then delta = -dnumber, and total is replaced by 1.
     """
     FOLD: tl.constexpr = SOFTMAX and unit.dtype.element_ty == tl.bfloat16
     i_bh = (tl.program_id(0) // tl.cdiv(M, BLOCK_M)).to(tl.int64)

@@ -297,5 +297,5 @@ def project_backward(
 
 
 def weight_strides(projection: Tensor) -> tuple[int, int]:
-    """Return the strides of the heads and the tokens. The stride of the heads is 0 if all heads share the projection."""
+    """Return the head and token strides of `projection`. The head stride is 0 if all heads share the projection."""
     return 0 if projection.shape[0] == 1 else projection.stride(0), projection.stride(1)

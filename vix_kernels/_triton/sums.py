@@ -38,7 +38,7 @@ def sum_chunks_kernel(
     parts, sums, more_parts, more_sums, chunks, size, more_size, blocks,
     BLOCK: tl.constexpr, STEP: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Sum a block of `parts` if program_id(1) is 0, and of `more_parts` if it is 1."""
+    """Sum a block of `parts` (program_id(1) = 0) or of `more_parts` (program_id(1) = 1) over the chunks."""
     if tl.program_id(1) == 0:
         sum_block(parts, sums, chunks, size, blocks, BLOCK, STEP, COMPUTE)
     else:

@@ -23,7 +23,7 @@ class Target:
     warps: int  # maximum per multiprocessor
     blocks: int  # maximum per multiprocessor
     shared_memory_total: int  # bytes per multiprocessor
-    shared_memory_unit: int  # bytes; the allocation of each block is rounded up to a multiple of this
+    shared_memory_unit: int  # bytes; the allocation of each block is rounded up to a multiple of this number
     shared_memory_reserved: int  # bytes per block that the system reserves
 
     @property
@@ -32,7 +32,7 @@ class Target:
         return self.shared_memory_total - self.shared_memory_reserved
 
     def occupancy(self, warps: int, registers: int, shared: int, tensor_memory: int = 0) -> int:
-        """Return how many warps of a kernel fit in a multiprocessor, as a percentage of the maximum.
+        """Return the number of resident warps per multiprocessor, as a percentage of the maximum.
 
         Args:
             warps: warps per block.

@@ -117,7 +117,7 @@ def table_start(head, angle_h, ROTARY: tl.constexpr):
     """Return where the table of a head starts in cos and sin.
 
     A table has a row of ROTARY / 2 elements per token. If ROTARY / 2 is a multiple of 4, 8 or 16, so is head * angle_h.
-    tl.multiple_of tells this to the compiler, which then loads up to 128 bits at a time.
+    tl.multiple_of passes this hint to the compiler, which can then load up to 128 bits at a time.
     """
     start = head * angle_h
     if ROTARY > 0 and (ROTARY // 2) % 16 == 0:

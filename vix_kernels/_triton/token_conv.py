@@ -1,7 +1,8 @@
 """Kernels for `token_conv`: products of a banded matrix and tokens (see primitives/token_conv.py for the equation).
 
-To compute a tile of outputs, a program splits the tile into groups of up to 32 tokens. The program reads the window of each
-group, which has TAPS - 1 additional tokens, and multiplies the banded matrix by up to BLOCK_K tokens of each window at a time.
+To compute a tile of outputs, a program splits the tile into groups of up to 32 tokens. For each group, it reads a window with
+TAPS - 1 additional tokens. It multiplies the banded matrix by up to BLOCK_K tokens of each window at a time.
+
 The gradient of v is a convolution of dout with the reversed filter. For the gradient of the filter, the tokens of a tile are
 multiplied by a window of dout, and the products are summed along diagonals.
 """

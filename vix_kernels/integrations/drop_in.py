@@ -102,12 +102,12 @@ class DropIn(Mounted):
         return copy
 
     def like(self, host: nn.Module) -> DropIn:
-        """Adopt the device, dtype and training mode of `host`, the module that will contain this module. Return self."""
+        """Set the device, dtype and training mode to those of `host`, the module that will contain this module. Return self."""
         weight = next((x for x in host.parameters() if x.is_floating_point()), None)
         return (self if weight is None else self.to(weight.device, weight.dtype)).train(host.training)
 
     def without_module(self) -> DropIn:
-        """Return self after checking that the attention needs no parameters, which only copies from `mounted` can have.
+        """Return self if the attention needs no parameters. Only copies returned by `mounted` can have parameters.
 
         Raises:
             ValueError: the attention needs parameters.
@@ -149,7 +149,7 @@ class DropIn(Mounted):
         return self.core if size is None else self.core.on_grid(size)
 
     def describe(self) -> str:
-        """Return a description of the op, and of the number and placement of its landmarks, agents or random features."""
+        """Return a description of the op and its main options, such as the number and placement of landmarks."""
         return self.placed().describe()
 
     def __repr__(self) -> str:

@@ -27,7 +27,7 @@ from .drop_in import DropIn
 from .report import Report
 
 ROOT = "(the model itself)"  # the model's name in reports if the model is an attention module
-ENTRY = "vix_attention"  # the entry in the configuration of a transformers model that describes its attention
+ENTRY = "vix_attention"  # entry of a transformers configuration that describes the model's attention
 
 
 def require(package: str, oldest: str) -> None:
@@ -57,7 +57,7 @@ def host(package: str, oldest: str) -> Iterator[None]:
 
 
 def require_call(package: str, kind: type[nn.Module], host: type[nn.Module], ignored: Sequence[str] = ()) -> None:
-    """Raise ImportError unless `kind.forward` accepts every argument of `host.forward`, which it replaces.
+    """Raise ImportError unless `kind.forward`, the replacement, accepts every argument of `host.forward`.
 
     `ignored` lists arguments that `host` accepts but does not use.
     """
@@ -101,7 +101,7 @@ def replace_each(
             tokens and the grid of the copy.
 
     Returns:
-        a report that lists the replaced layers, and the reason for each attention layer that was not replaced.
+        a report that lists the replaced layers, and states why other attention layers could not be replaced.
 
     Raises:
         ValueError: nothing could be replaced, or a pattern matches no attention layer.
@@ -133,7 +133,7 @@ def replace_each(
 
 
 class Snapshot:
-    """A copy of the classes and attributes of all modules of a model, but not of the values of its tensors.
+    """A copy of the classes and attributes of a model's modules. The values of tensors are not copied.
 
     `restore` undoes changes to the modules, such as replacements of their attention.
     """
@@ -207,7 +207,7 @@ def patch_each(
         reason_against: as in replace_each.
 
     Returns:
-        a report that lists the changed modules, and the reason for each module that was not changed.
+        a report that lists the changed modules, and states why other modules could not be changed.
 
     Raises:
         ValueError: nothing could be replaced. The model is then unchanged.
@@ -253,7 +253,7 @@ def patch_package(
         ignored: arguments that the package's forward method accepts but does not use.
 
     Returns:
-        a report that lists the changed modules, and the reason for each module that was not changed.
+        a report that lists the changed modules, and states why other modules could not be changed.
 
     Raises:
         ImportError: the package is not installed or not supported, or the import finds a copy other than the installed one.
@@ -285,7 +285,7 @@ _HOSTS: dict[type, type[nn.Module]] = {}  # maps each class that `patched` retur
 
 @cache
 def patched(host: type[nn.Module], ours: type[nn.Module], backend: str) -> type[nn.Module]:
-    """Return a subclass of `host` and `ours` with the forward method of `ours`. Other methods of `host` take precedence."""
+    """Return a subclass of `host` and `ours` with the forward method of `ours`. For other methods, `host` takes precedence."""
     namespace = {"forward": ours.forward, "compat": True, "backend": backend, "__module__": ours.__module__}
     kind = _Patched(host.__name__, (host, ours), namespace)
     _HOSTS[kind] = host
@@ -319,7 +319,7 @@ def unpatch(model: nn.Module) -> list[str]:
 
 
 def reason_against_linear(module: nn.Module, *names: str) -> str:
-    """Return an error message if a layer of `module` in `names` is not an nn.Linear without bias, else an empty string.
+    """Return an empty string if all layers in `names` are nn.Linear modules without bias. Otherwise, return an error message.
 
     The replacements apply these layers to zeros or to sums of tokens, so a bias or another class would change the results.
     """

@@ -2,8 +2,8 @@
 
 The models are from this library, timm or transformers, or contain nn.MultiheadAttention. Each model is saved to a folder, as
 model.safetensors and linearized.json. linearized.json lists the attention method and its options for each replaced layer. Names
-in this file are only looked up in the registries of attention methods, models, activations and norms of this library, timm and
-transformers. They are never imported.
+in this file are only looked up in registries of this library, timm and transformers: those of attention methods, models,
+activations and norms. They are never imported.
 """
 
 from __future__ import annotations
@@ -213,7 +213,10 @@ def _described_model(model: nn.Module) -> dict[str, Any]:
 
 
 def _restore(model: nn.Module, config: dict[str, Any], state: Mapping[str, Tensor], path: Path, cast: bool) -> None:
-    """Replace the attention of a new model, and load the weights in `state`. If `cast` is set, adopt their dtypes."""
+    """Replace the attention of a new model, and load the weights in `state`.
+
+    If `cast` is True, first cast the parameters and buffers of the model to the dtypes in `state`.
+    """
     for name, layer in config["layers"].items():
         _put(model, name, layer, path)
     if (saved := config.get("structure")) != _structure(model) and saved != _earlier_structure(model):
@@ -336,7 +339,7 @@ def _is_argument(name: str, value: Any) -> bool:
 
 
 def _create_host(host: dict[str, Any], path: Path) -> nn.Module:
-    """Create the model that `host`, the entry "host" of the file at `path`, describes."""
+    """Create the model described by `host`, the entry "host" of the file at `path`."""
     library, name, arguments = host.get("library"), host.get("name"), host.get("arguments", {})
     if not isinstance(arguments, dict):
         raise ValueError(f"{path}: host: arguments: expected a mapping, got {arguments!r}")

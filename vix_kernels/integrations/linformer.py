@@ -95,7 +95,10 @@ class LinformerSelfAttention(nn.Module):
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
 
     def _slots(self, x: Tensor, linear: nn.Linear, projection: Tensor) -> Tensor:
-        """Return E^T linear(x), (batch, heads, k, dim_head), where E is `projection`. The cheaper order of products is used."""
+        """Return E^T linear(x), (batch, heads, k, dim_head), where E is `projection`.
+
+        The products are computed in the cheaper order.
+        """
         tokens, dim, width = x.shape[1], linear.in_features, linear.out_features
         projection = projection[:tokens].T.expand(len(x), -1, -1)
         if self.k * dim * (tokens + width) < tokens * width * (dim + self.k):
@@ -118,7 +121,7 @@ def patch(model: nn.Module, *, backend: str = "auto") -> Report:
         backend: as in linformer_attention.
 
     Returns:
-        a report that lists the replaced layers, and the reason for each layer that was not replaced.
+        a report that lists the replaced layers, and states why other attention layers could not be replaced.
 
     Raises:
         ValueError: nothing could be replaced. The model is then unchanged.

@@ -180,7 +180,7 @@ def patch(model: nn.Module, *, backend: str = "auto") -> Report:
         backend: as in nystrom_attention.
 
     Returns:
-        a report that lists the replaced layers, and the reason for each layer that was not replaced.
+        a report that lists the replaced layers, and states why other attention layers could not be replaced.
 
     Raises:
         ValueError: nothing could be replaced. The model is then unchanged.

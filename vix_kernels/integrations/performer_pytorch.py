@@ -103,7 +103,10 @@ class FastAttention(nn.Module):
 
     @torch.no_grad()
     def redraw_projection_matrix(self, device: torch.device | str) -> None:
-        """Draw new random features. `device` is ignored. Do not call this between a forward pass and its backward pass."""
+        """Draw new random features. `device` is ignored.
+
+        Do not call this method between a forward pass and its backward pass.
+        """
         self.projection_matrix.copy_(self._draw())
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, key_padding_mask: Tensor | None = None) -> Tensor:
@@ -196,7 +199,8 @@ def patch(model: nn.Module, *, backend: str = "auto") -> Report:
         backend: as in performer_attention. With "triton", layers with generalized_attention or no_projection are not replaced.
 
     Returns:
-        a report that lists the replaced layers, and the reason for each layer that was not replaced, such as a causal layer.
+        a report that lists the replaced layers, and states why other attention layers, such as causal ones, could not be
+        replaced.
 
     Raises:
         ValueError: nothing could be replaced. The model is then unchanged.
@@ -237,8 +241,9 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, mask: Tensor
     values = torch.cat([s / z[..., None], sum_s / sum_z[..., None]], 2)
     bias = torch.cat([z, EPS * sum_z], -1).log2()
     # An extra channel of the query contains t = t_n / c, because broadcast multiplies the logits by c. All slots except the eps
-    # slot are -1 in this channel, so the gradient of t is a sum over them. If t_n were added to the logit of the eps slot
-    # instead, its gradient would be that of this logit, which is lost to rounding if the eps slot has nearly all of the weight.
+    # slot are -1 in this channel, so the gradient of t is a sum over these slots. If t_n were added to the logit of the eps
+    # slot instead, the gradient of t would equal the gradient of this logit. That gradient is lost to rounding if the eps slot
+    # has nearly all of the weight.
     t = (c / 2) * q.to(lse.dtype).square().sum(-1, keepdim=True) + highest_logits(q, slots)[..., None]
     slots = F.pad(F.pad(slots, (0, 1), value=-1.0), (0, 0, 0, 1))
     return broadcast(torch.cat([q, t.to(q.dtype)], -1), slots, values, bias, scale=c, backend=backend)

@@ -16,12 +16,12 @@ from .speed import SlowerWarning, Speed, expected, measure
 
 @dataclass
 class Report:
-    """Lists which attention layers of a model were replaced, and the reason for each layer that was not.
+    """Lists which attention layers of a model were replaced, and why others could not be replaced.
 
     Attributes:
         attention: a short description of the new attention.
         attentions: maps the name of each replaced module to a description of its attention.
-        refused: maps the name of each module that was not replaced to the reason.
+        refused: maps module names to the reasons why these modules could not be replaced.
         tokens: maps the name of each replaced module to its number of tokens, if known. Before a call to `measure`, this is the
             number at the model's configured image size. Afterwards, it is the number in the measured batch.
         speed: the result of `measure`, or None.
@@ -125,7 +125,10 @@ class Report:
         return expected(attention.op, attention.options, max(self.tokens.values()), width, weight.device.type)
 
     def checked(self, expected: str) -> Report:
-        """Return this report, or raise ValueError if nothing was replaced."""
+        """Return this report, or raise ValueError if nothing was replaced.
+
+        `expected` describes a suitable model in the error message.
+        """
         if self.replaced:
             return self
         reasons = Counter(self.refused.values())

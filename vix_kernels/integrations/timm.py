@@ -240,7 +240,7 @@ LAYERS: dict[str, type[Attention]] = {}  # maps each op to its attention class
 
 @subscribe
 def _admit(core: type[Mixer]) -> None:
-    """Register the attention class for `core` with timm, as vix_NAME. Also called for each core that is registered later."""
+    """Register the attention class for `core` with timm, as vix_NAME. `subscribe` calls this function for each core."""
     if core.name in OPS:
         layer = LAYERS[core.name] = attention_layer(core.name)
         ATTN_LAYERS[f"vix_{core.name}"] = globals()[layer.__name__] = layer
@@ -248,7 +248,7 @@ def _admit(core: type[Mixer]) -> None:
 
 @cache
 def _place_while_built() -> None:
-    """Install `_place_in` as a global hook on the registration of child modules. Called when the first layer is created.
+    """Install `_place_in` as a global hook on the registration of child modules, when the first layer is created.
 
     The hook is necessary, because timm passes neither the number of prefix tokens nor the grid to the class in attn_layer.
     """
@@ -258,7 +258,7 @@ def _place_while_built() -> None:
 def _place_in(vit: nn.Module, name: str, module: nn.Module) -> None:
     """For each BuiltAttention in the blocks of `vit`, set the number of prefix tokens and the grid of landmarks or agents.
 
-    This runs when `vit` registers its blocks, and again for each later child, because a model may set its number of prefix
+    The hook runs when `vit` registers its blocks, and again for each later child, because a model may set its number of prefix
     tokens after it registers its blocks. Distilled DeiT models do this.
     """
     blocks = module if name == "blocks" else vit._modules.get("blocks")
@@ -289,7 +289,7 @@ def replace_attention(
         op, retrain, options: as in DropIn. Each layer has different random features.
 
     Returns:
-        a report that lists the replaced layers, and the reason for each attention layer that was not replaced.
+        a report that lists the replaced layers, and states why other attention layers could not be replaced.
         `restore_attention` undoes the replacement.
 
     Raises:

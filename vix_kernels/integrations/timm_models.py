@@ -77,7 +77,7 @@ def _entry(name: str) -> Any:
         """Return weights from a file, adapted to `model`. timm calls this function before it loads the weights.
 
         Also set num_classes in model.pretrained_cfg to the number of classes of the weights. timm uses this entry to decide
-        whether to keep the head. `has_classes` is whether num_classes was passed or features_only is set.
+        whether to keep the head. `has_classes` states whether num_classes was passed or features_only is set.
 
         Raises:
             ValueError: the image size of the weights is neither input_size in model.pretrained_cfg nor that of `model`, or

@@ -102,7 +102,7 @@ def replace_mha(
         op, retrain, options: as in DropIn. Each layer has different random features.
 
     Returns:
-        a report that lists the replaced layers, and the reason for each attention layer that was not replaced.
+        a report that lists the replaced layers, and states why other attention layers could not be replaced.
 
     Raises:
         ValueError: nothing could be replaced, or `op` needs retrain=True.

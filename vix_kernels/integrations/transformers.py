@@ -132,7 +132,7 @@ def replace_attention(
         op, retrain, options: as in DropIn. Each layer has different random features.
 
     Returns:
-        a report that lists the replaced layers, and the reason for each attention layer that was not replaced.
+        a report that lists the replaced layers, and states why other attention layers could not be replaced.
 
     Raises:
         ValueError: nothing could be replaced, or `op` needs retrain=True.
@@ -194,7 +194,7 @@ def create_host(class_name: Any, config: Any) -> nn.Module:
 
 
 def _without_implementations(config: Any) -> Any:
-    """Return `config` without entries that select implementations, because transformers may download code that they name."""
+    """Return `config` without entries that select implementations. transformers may download code that such entries name."""
     if not isinstance(config, dict):
         return config
     return {
@@ -215,7 +215,7 @@ def _reason_against(module: nn.Module) -> str:
 
 
 def _unsupported(model: nn.Module) -> dict[nn.Module, str]:
-    """Return a dict that maps each module that cannot be replaced because of the model that contains it to the reason."""
+    """Return a dict {module: reason} of the modules that cannot be replaced because of the model that contains them."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expected a PreTrainedModel, got {type(model).__name__}")
     known, causal, found = {id(each) for each in configs(model.config)}, {}, {}
@@ -272,12 +272,12 @@ def patch(model: nn.Module) -> Report:
         report = patch(NystromformerModel.from_pretrained(...))
 
     Parameters do not change. The replacements are faster, and compute the same outputs unless a sequence consists entirely of
-    padding. The landmarks of such a sequence have attention weights of 0, but uniform weights in transformers. Calls that
+    padding. For such a sequence, the attention weights of the landmarks are 0 here, but uniform in transformers. Calls that
     request the attention weights (output_attentions) run the code of transformers. In a patched model, such calls also support
     padded batches. In transformers, they raise an error for padded batches if num_landmarks differs from segment_means_seq_len.
 
     Returns:
-        a report that lists the replaced layers, and the reason for each layer that was not replaced.
+        a report that lists the replaced layers, and states why other layers could not be replaced.
 
     Raises:
         ValueError: nothing could be replaced.
@@ -304,7 +304,7 @@ def nystromformer_attention(
     attention_mask: Tensor | None = None,
     output_attentions: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Forward method of NystromformerSelfAttention that does not store tokens x landmarks attention matrices.
+    """Forward method of NystromformerSelfAttention that does not store attention matrices of size tokens x landmarks.
 
     As in transformers, padding is masked only in the softmax over tokens, and init_option "original" divides the first
     iterate of the pseudo-inverse by a maximum over the batch.
@@ -377,7 +377,7 @@ require_call("transformers", FNetBasicFourierTransform, modeling_fnet.FNetBasicF
 
 
 def uses_dft_matrices(module: modeling_fnet.FNetBasicFourierTransform) -> bool:
-    """Return whether `module` uses DFT matrices. For short sequences, it truncates them, so its results differ from an FFT."""
+    """Return whether `module` uses DFT matrices. It truncates them for short sequences, so its results differ from an FFT."""
     return hasattr(module, "dft_mat_seq")
 
 

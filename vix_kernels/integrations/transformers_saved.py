@@ -30,7 +30,7 @@ with host("transformers", "5.17"):
     from transformers import PreTrainedConfig, PreTrainedModel
 
 CHILDREN = "vix"  # the attn_implementation that calls the child module `vix` of each attention module
-MISSING = "vix_missing"  # attribute of the modules of a new model if none of the layers listed in vix_attention was replaced
+MISSING = "vix_missing"  # attribute of modules in a new model, set if no layer listed in vix_attention was replaced
 # Maps every other attn_implementation of this library to its attention, and to whether an op that needs training is allowed
 NAMED: dict[str, tuple[DropIn, bool]] = {}
 
@@ -56,7 +56,7 @@ def implementations(config: PreTrainedConfig) -> str | dict[str, Any] | None:
 
 
 def entry(model: PreTrainedModel | None, config: PreTrainedConfig) -> dict[str, Any] | None:
-    """Return a description of the attention in the modules with `config`, or None if it is not from this library."""
+    """Return a description of the attention in modules that use `config`, or None if it is not from this library."""
     if config._attn_implementation in NAMED:
         return described(NAMED[config._attn_implementation][0])
     if config._attn_implementation != CHILDREN:
@@ -65,7 +65,7 @@ def entry(model: PreTrainedModel | None, config: PreTrainedConfig) -> dict[str, 
 
 
 def replaced_layers(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Any] | None:
-    """Return a description of the modules with `config` whose attention was replaced, or None if there are none."""
+    """Return a description of the modules that use `config` and have replaced attention, or None if there are none."""
     layers = {}
     for name, module in model.named_modules():
         if getattr(module, "config", None) is config and is_replaced(module):
@@ -87,7 +87,7 @@ def select_children(model: PreTrainedModel, replaced: Iterable[nn.Module]) -> No
 def with_entries(whole: PreTrainedConfig, model: PreTrainedModel | None = None) -> Iterator[None]:
     """Add attn_implementation and vix_attention to a configuration and its sub-configurations inside the block.
 
-    If `model` is None, descriptions of layers that are already in the configuration are kept.
+    If `model` is None, keep the layer descriptions that the configuration already contains.
     """
     before, changed = [], []
     try:
@@ -130,8 +130,8 @@ def restore(model: PreTrainedModel) -> None:
         if name == CHILDREN:
             attention = _attention(found)
             raise ValueError(
-                f"attn_implementation: expected 'vix_{attention.op}', with which the model was saved, or another implementation for "
-                f"all layers, got {name!r}, which requires a model saved after replace_attention"
+                f"attn_implementation: expected 'vix_{attention.op}', with which the model was saved, or another "
+                f"implementation for all layers, got {name!r}, which requires a model saved after replace_attention"
             )
         if name in NAMED:
             attention = _attention(found)
@@ -156,7 +156,7 @@ def is_replaced(module: nn.Module) -> bool:
 
 
 def _attention(found: Any) -> DropIn:
-    """Return the attention that an entry describes."""
+    """Return the attention described by `found`: the entry vix_attention, or the entry of one layer in it."""
     if not isinstance(found, dict) or not isinstance(found.get("options"), dict):
         raise ValueError(f"config.json: {ENTRY}: expected an op and options, got {found!r}")
     how = {name: found[name] for name in ("backend", "dropout") if name in found}
@@ -167,7 +167,7 @@ def _attention(found: Any) -> DropIn:
 
 
 def _registered(name: str, attention: DropIn) -> str:
-    """Return the name of a registered attention that equals `attention`: `name`, or a new name that states the options."""
+    """Return `name` if `attention` is registered under it. Otherwise, register it under a new name, and return this name."""
     from .transformers import add
 
     registered, allowed = NAMED[name]
@@ -183,9 +183,10 @@ def _restore_layers(model: PreTrainedModel, config: PreTrainedConfig, found: dic
     """Replace the attention of the saved layers in `model` if `config` has attn_implementation "vix".
 
     `model` can be a submodule of the saved model, or a larger model that contains it. In both cases, the names of the layers
-    have a different prefix in `model` than in `found`. Submodules are restored before the model that contains them. If no layer
-    is replaced, all modules with `config` get the attribute vix_missing, which makes attn_implementation "vix" raise an error.
-    The attribute is removed when layers are replaced later, by restoring a model that contains these modules or by
+    have a different prefix in `model` than in `found`. Submodules are restored before the model that contains them.
+
+    If no layer is replaced, all modules that use `config` get the attribute vix_missing, which makes attn_implementation "vix"
+    raise an error. The attribute is removed if their attention is replaced later, by restoring a larger model or by calling
     replace_attention.
     """
     layers = found["layers"]
@@ -205,7 +206,7 @@ def _restore_layers(model: PreTrainedModel, config: PreTrainedConfig, found: dic
     try:
         for name, saved in places.items():
             attention, module = _attention(layers[saved]), inside[name]
-            if is_replaced(module):  # when a submodule of `model` was restored
+            if is_replaced(module):  # already restored with a submodule of `model`
                 continue
             options = attention.options | dict(backend=attention.backend, dropout=attention.dropout)
             replace_attention(model, attention.op, layers=[name], retrain=True, **options)

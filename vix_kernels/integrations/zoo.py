@@ -18,7 +18,7 @@ def replace_attention(
 ) -> Report:
     """Replace the softmax attention in a model from create_model, in place. Existing parameters keep their names and values.
 
-    To build a model with another attention, use `create_model(name, mixer=...)` instead.
+    To build a model with a different attention method, use `create_model(name, mixer=...)` instead.
 
     Args:
         model: a model from create_model.
@@ -26,7 +26,7 @@ def replace_attention(
         op, retrain, options: as in DropIn. Each layer has different random features.
 
     Returns:
-        a report that lists the replaced layers, and the reason for each layer that was not replaced.
+        a report that lists the replaced layers, and states why other attention layers could not be replaced.
 
     Raises:
         ValueError: nothing could be replaced, a pattern matches no attention layer, or `op` needs retrain=True.
@@ -57,7 +57,10 @@ def replace_attention(
 
 
 def placed(core: Core, site: Site, options: dict[str, Any]) -> Core:
-    """Return the core for the layer at `site`. Landmarks or agents are on the model's grid unless `options` place them."""
+    """Return the core for the layer at `site`.
+
+    Landmarks or agents are on the grid of `site`, unless `options` specify a different placement.
+    """
     core = core.fit(site).with_prefix(site.prefix_tokens)
     core = core.after_prefix(options.get("prefix_tokens", site.prefix_tokens))
     if site.grid_size and options.get("landmarks", "grid") == "grid" and "grid_size" not in options:
@@ -75,7 +78,7 @@ def put(module: AttentionModule, core: Any, backend: str | None = None) -> None:
         if isinstance(value, nn.Module):
             value.to(weight)
         elif isinstance(value, nn.Parameter):
-            setattr(module, name, nn.Parameter(value.to(weight.device)))  # assigning value.data cannot move it to meta
+            setattr(module, name, nn.Parameter(value.to(weight.device)))  # a meta tensor cannot be assigned to value.data
         elif value is not None:
             setattr(module, name, value.to(weight.device))
     if core.has_extra_state:

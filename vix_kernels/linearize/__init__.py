@@ -1,4 +1,4 @@
-"""Convert trained models with softmax attention to linear attention."""
+"""Convert trained models with softmax attention to linear-cost attention."""
 
 from ..integrations.linearized import load_linearized, save_linearized
 from .convert import linearize

@@ -39,7 +39,7 @@ To continue an interrupted conversion, repeat the command.
 def linearize_command(argv: list[str]) -> int:
     parser = Parser(
         prog="vix linearize",
-        description="Convert the softmax attention of a trained model to linear attention.",
+        description="Convert the softmax attention of a trained model to linear-cost attention.",
         epilog=EXAMPLES,
     )
     add = parser.add_argument
@@ -127,7 +127,7 @@ def linearize_command(argv: list[str]) -> int:
             return 130
         if ranks.first:
             print(report)
-            print(f"{options.output}: {len(report.converted)} layers of linear attention")
+            print(f"{options.output}: {len(report.converted)} layers of linear-cost attention")
     return 0
 
 
@@ -176,9 +176,12 @@ def _run(options: Any, ranks: Ranks) -> Report:
 def _classes(trained: Trained, dataset: Dataset, options: Any) -> tuple[str, ...] | None:
     """Return the class names to save with the result, or None if they are unknown.
 
-    These are the class names of the model. If there are none, or if --model is given and none of its names matches, they are
-    the class names of the dataset, provided that both have the same number of classes. The result can then be validated on the
-    dataset. For example, transformers models and image folders often name the same classes differently.
+    These are the class names of the model, with one exception. The class names of the dataset are used if the dataset has as
+    many classes as the model, and if one of these conditions holds:
+
+    - The model has no class names.
+    - --model is given, and no class name of the model occurs in the dataset. For example, transformers models and image folders
+      often name the same classes differently. With the names of the dataset, the result can be validated on this dataset.
     """
     known, found = trained.classes, dataset.classes
     if len(found) != trained.model.num_classes:
@@ -210,7 +213,7 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
 
 @contextmanager
 def _locked(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """Create and lock the folder, so that no second command writes to it.
+    """Create and lock the folder, so that no other command writes to it.
 
     On exit, remove the folder if it was created here and is empty.
     """

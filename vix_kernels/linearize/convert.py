@@ -1,4 +1,4 @@
-"""Convert the softmax attention of a trained model to linear attention."""
+"""Convert the softmax attention of a trained model to linear-cost attention."""
 
 from __future__ import annotations
 
@@ -52,21 +52,21 @@ def linearize(
     progress: bool | None = None,
     **options: Any,
 ) -> Report:
-    """Replace the softmax attention of a trained model with linear attention, in place, and fit it to the softmax attention.
+    """Replace the softmax attention of a trained model with linear-cost attention, in place, and fit it to the original.
 
         report = linearize(model, lambda: loader, num_features=32)
 
     The model can be from timm, transformers or vix_kernels.models, or contain nn.MultiheadAttention. With op="feature", each
     layer learns features so that its output is close to that of softmax attention with the same q, k and v (Hedgehog, arXiv
     2402.04347). The weights of the model do not change, unless `finetune_steps` is set. Class and register tokens use exact
-    softmax attention, unless exact_prefix=False or op="linear". With op="nystrom", there are no features to learn. Each layer
-    gets landmarks on the token grid or in segments of the sequence, whichever have the smaller error. Under torchrun, each
-    batch is split among the processes, so all processes must get the same batches.
+    softmax attention, unless exact_prefix=False or op="linear". With op="nystrom", there are no features to learn. Instead,
+    each layer gets the placement of the landmarks with the smaller error: on the token grid, or in segments of the sequence.
+    Under torchrun, each batch is split among the processes, so all processes must get the same batches.
 
     Args:
         model: the trained model. It stays on its device.
         batches: a function that returns a fresh iterator over batches, always in the same order. A batch is a tensor, a tuple
-            whose first item is the input of the model, or a dict of its arguments. 256 to 512 samples in batches of 16 suffice.
+            whose first item is the input, or a dict of the model's arguments. 256 to 512 samples in batches of 16 suffice.
         op: the new attention method, such as "feature", "nystrom" or "performer" (random features, which are not trained).
         layers: names or patterns of the attention layers to convert, such as ["blocks.1*"]. None: all layers.
         steps: number of training steps, each with one batch.
@@ -77,7 +77,7 @@ def linearize(
             model is not a classifier. "features": the result of model.forward_features.
         finetune_lr: learning rate of the fine-tuning steps.
         max_error: layers with a larger relative squared error keep softmax attention. For "nystrom", each layer gets the
-            smallest number of landmarks whose error is at most max_error, unless num_landmarks is given.
+            smallest number of landmarks with an error of at most max_error, unless num_landmarks is given.
         eval_batches: held-out batches for the report. Defaults to `batches`.
         eval_samples: number of samples for the errors and the agreement in the report, rounded up to whole batches.
         output: a folder for checkpoints. A call with the same settings continues an interrupted conversion in this folder.
@@ -175,7 +175,7 @@ class Conversion:
         part, before, error = self.part(self.first), [layer.batch for layer in self.layers], None
         try:
             self.run([part])
-        except Exception as caught:  # for example, because the position embedding has more tokens than the smaller batch
+        except Exception as caught:  # for example, because too few tokens are left for the position embedding
             error = caught
         whole, size = size_of(self.first), size_of(part)
         divided = all(layer.batch * whole == batch * size for layer, batch in zip(self.layers, before, strict=True))
@@ -281,7 +281,7 @@ class Conversion:
     def add_gradients(self, parameters: list[nn.Parameter]) -> None:
         """Sum the gradients over all processes."""
         for parameter in parameters:
-            if parameter.grad is None:  # its layer was not called
+            if parameter.grad is None:  # the layer was not called
                 parameter.grad = torch.zeros_like(parameter)
         if self.ranks.world > 1:
             flat = self.ranks.sum(torch.cat([parameter.grad.flatten() for parameter in parameters]))
@@ -333,7 +333,7 @@ class Conversion:
                 with torch.no_grad():
                     expected = of(teacher, batch)
                 optimizer.zero_grad()
-                torch.clear_autocast_cache()  # otherwise it could contain the cast weights of the previous step
+                torch.clear_autocast_cache()  # otherwise, the cache could contain cast weights of the previous step
                 actual = of(self.model, batch)
                 loss = distance(actual, expected, distill if has_classes(self.model, actual) else "features") / whole
                 loss.backward()

@@ -1,4 +1,4 @@
-"""The learning-rate schedule, and the outputs that the fine-tuning steps distill."""
+"""The learning-rate schedule, and the outputs that distillation compares."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def schedule(step: int, steps: int) -> float:
 
 
 def distilled(distill: str) -> Callable[[nn.Module, Any], Tensor]:
-    """Return a function of a model and a batch that computes the output to distill, in float32.
+    """Return a function that maps a model and a batch to the output that distillation compares, in float32.
 
     For "soft", this is the output of the model. For "features", it is the result of forward_features.
     """

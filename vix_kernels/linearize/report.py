@@ -39,14 +39,14 @@ class Report:
 
     Attributes:
         op: the new attention method.
-        layers: the result for each measured layer, by the name of the layer.
-        refused: the reason for each layer that cannot be converted, by the name of the layer.
+        layers: the result for each measured layer, keyed by layer name.
+        refused: the reasons why layers cannot be converted, keyed by layer name.
         agreement: percentage of samples for which the converted model and the teacher predict the same class, or None if the
             model is not a classifier.
         divergence: mean Kullback-Leibler divergence KL(teacher || converted model) of the class probabilities. If the model is
             not a classifier, the relative squared error of the output.
         samples: the number of samples on which `agreement` and `divergence` were measured.
-        steps, seconds: the number of training steps, and the time of the conversion.
+        steps, seconds: the number of training steps, and the duration of the conversion.
         milliseconds: times of a forward pass on one batch, with softmax attention and with the new attention.
         warnings: messages about conversions that do not save time.
     """
@@ -118,6 +118,6 @@ class Report:
         if self.milliseconds[1] > self.milliseconds[0]:
             tokens = max(each.tokens for each in self.layers.values())
             self.warnings.append(
-                f"the converted model is slower than softmax attention at {tokens} tokens; linear attention pays off for "
-                "longer inputs"
+                f"the converted model is slower than softmax attention at {tokens} tokens; linear-cost attention is "
+                "faster for longer inputs"
             )

@@ -30,7 +30,7 @@ class Progress:
         self.settings, self.ranks = settings, ranks
         self.saved: dict[str, Any] = {}
         self.batches = 0  # checksum of the batches of this stage
-        self.completed: tuple[int, int | None] = 0, None  # restored steps of this stage, and the checksum of their batches
+        self.completed: tuple[int, int | None] = 0, None  # completed steps in the checkpoint, checksum of their batches
 
     @classmethod
     def open(cls, folder: str | Path | None, settings: dict[str, Any], ranks: Ranks, overwrite: bool) -> Progress:
@@ -99,10 +99,10 @@ class Progress:
         return part["step"]
 
     def following(self, batches: Iterator[Any], steps: int) -> Iterator[Any]:
-        """Yield the batches of the steps after the restored steps, up to step number `steps`.
+        """Skip the batches of the completed steps (see `restore`), and yield the following batches up to step `steps`.
 
         Raises:
-            ValueError: the batches of the restored steps differ from those before the interruption.
+            ValueError: the skipped batches differ from those before the interruption.
         """
         count, expected = self.completed
         for step, batch in enumerate(islice(batches, steps), start=1):

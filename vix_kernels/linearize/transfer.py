@@ -1,8 +1,8 @@
-"""Attention transfer: fit linear attention to the softmax attention of a trained model, layer by layer.
+"""Attention transfer: fit linear-cost attention to the softmax attention of a trained model, layer by layer.
 
 While a model runs, a `Transfer` replaces the core (see nn/core.py) of each attention layer. It returns the output of softmax
 attention, so every layer receives the same inputs as in the trained model (the teacher). It also compares this output with the
-outputs of one or more linear attention cores (the students) for the same q, k and v. The error of a layer is
+outputs of one or more linear-cost cores (the students) for the same q, k and v. The error of a layer is
 
     sum_n w_n |out_n - softmax_n|^2 / sum_n w_n |softmax_n|^2
 
@@ -45,7 +45,7 @@ class Layer:
         holder: the module that holds the core and its parameters.
         students: the candidate cores.
         prefix_tokens: the number of class and register tokens.
-        on_grid: number of students whose landmarks can be placed on the model's grid. They are the first in the list.
+        on_grid: number of students whose landmarks can be placed on the model's grid. These come first in `students`.
         tokens, batch: the number of tokens and the batch size of k in the latest call.
         reason: why the layer cannot be converted, or "" if no reason is known.
         errors: for each call, a tensor (students + 1,): the squared error of each student, and the squared norm of the softmax
@@ -175,7 +175,7 @@ def squared(layer: Layer, student: Core, call: Call, out: Tensor, target: Tensor
 
 @torch.no_grad()
 def measure(layer: Layer, students: list[Core], call: Call, target: Tensor) -> None:
-    """Append the squared errors of all students to `layer.errors`."""
+    """Append a tensor to `layer.errors`: the squared errors of all students, followed by the squared norm of `target`."""
     found = [squared(layer, student, call, call.attend(student), target) for student in students]
     sums = torch.stack([square for square, _ in found] + [found[0][1]]).double()
     layer.errors.append(sums)
@@ -208,7 +208,7 @@ def collect(layer: Layer, students: list[Core], call: Call, target: Tensor) -> N
 
 
 def fitting(ranks: Ranks) -> Action:
-    """Return an action that adds the gradient of the layer's error to the gradients of its parameters."""
+    """Return an action that adds the gradient of a layer's error to the gradients of the layer's parameters."""
 
     def fit(layer: Layer, students: list[Core], call: Call, target: Tensor) -> None:
         with torch.enable_grad():

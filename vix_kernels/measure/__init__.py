@@ -10,16 +10,16 @@ pictures        plots of the results of `vix bench`
 check           `vix check`
 costs, roofline     operations, bytes and launches of a call; `vix dev roofline`
 traffic         bytes that the kernels load and store; `vix dev traffic`
-interpreter     Triton's interpreter: speedups, and hooks for loads and stores
+interpreter     patches that make Triton's interpreter faster, and hooks for its memory accesses
 offline, machine_code       compilation for GPUs that are not present, and the resources that the machine code uses
-observed        launches of a public call, recorded without compilation and identified by hashes
+observed        kernel launches of a call, recorded without compilation and identified by hashes
 ttgir, counting     loops and logits in Triton's intermediate representation, and instruction counts of the machine code
 compile_report, compile_cell    `vix dev compile-report`: the command and its workers
 compile_table, budgets          the table of the compile report, and its checks
-launch_times, flash     predicted time of each launch, and its comparison with published times
+launch_times, flash     predicted time of each launch, and a comparison with published times of FlashAttention
 sources         hashes of the source code of kernels
 host_time       `vix dev host-time`
-break_even      break-even lengths: the numbers of tokens at and above which attention methods are faster than softmax
-shared_memory   shared memory of every entry of the launch table; `vix dev compile-report --shared`
+break_even      break-even lengths of attention methods, relative to softmax attention
+shared_memory   shared memory that each entry of the launch table needs; `vix dev compile-report --shared`
 tune            `vix dev tune`
 """

@@ -1,8 +1,7 @@
 """Break-even lengths: the number of tokens at and above which an attention method is faster than softmax attention.
 
-The table break_even.csv has lengths that were measured on a CPU, and lengths that were predicted for a GPU. `python -m
-bench.break_even --write` updates the table, and docs/choosing.md explains it. The lengths differ for other devices, options and
-batch sizes.
+The table break_even.csv has lengths measured on a CPU and lengths predicted for a GPU. `python -m bench.break_even --write`
+updates the table, and docs/choosing.md explains it. The lengths differ for other devices, options and batch sizes.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ class BreakEven:
     """The break-even length of one attention method.
 
     Attributes:
-        kind: "measured" or "predicted": whether the length was computed from measured or predicted times.
+        kind: "measured" or "predicted". The length was computed from times of this kind.
         device: the CPU with its number of threads, or the name of the GPU.
         commit: the commit of this library whose times were measured or predicted.
         op: short name of the attention method, such as "nystrom".
@@ -61,7 +60,7 @@ def rows() -> tuple[BreakEven, ...]:
 
 
 def slower(op: str, tokens: int, width: int, device: str) -> BreakEven | None:
-    """Return the row that shows that `op` is slower than softmax attention in the forward pass, or None if there is none.
+    """Return the table row for `op` if `op` is slower than softmax attention in the forward pass, otherwise None.
 
     Args:
         op: short name of the attention method.
@@ -78,9 +77,9 @@ def slower(op: str, tokens: int, width: int, device: str) -> BreakEven | None:
 def crossing(ratios: Mapping[int, float]) -> str:
     """Return the break-even length as text, in the format of `BreakEven.tokens`.
 
-    `ratios` maps numbers of tokens to the time of the attention method divided by the time of softmax attention. Between the
-    largest length at which the method is not faster and the next length, the logarithm of the ratio is interpolated linearly
-    in the logarithm of the number of tokens.
+    `ratios` maps numbers of tokens to the time of the attention method divided by the time of softmax attention. The break-even
+    length is interpolated between the largest number of tokens at which the method is not faster and the next larger number.
+    The interpolation is linear in the logarithms of the ratio and the number of tokens.
     """
     lengths = sorted(ratios)
     slower = [at for at, tokens in enumerate(lengths) if ratios[tokens] >= 1]

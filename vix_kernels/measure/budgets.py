@@ -51,7 +51,7 @@ class Declared:
 
 @cache
 def words(use: str) -> set[str]:
-    """Return the words of `use`, a call as in `Row.uses`: op, variants, direction and numbers of slots."""
+    """Split `use`, such as "performer+mask backward 110", into its op, variants, direction and numbers of slots."""
     return set(re.findall("[^ +,]+", use))
 
 
@@ -130,7 +130,7 @@ SPILLS = (
     Declared("pinv_backward_kernel", 16, "only two to four registers spill", archs=("sm_90",), dtypes=("bf16", "fp16")),
 )  # fmt: skip
 # Exceptions to the limit on waits for matrix products in the main loops. The limit is the number of products plus one. More
-# waits mean that ptxas executes the products one after another.
+# waits mean that ptxas serialized the products.
 SERIALIZED: tuple[Declared, ...] = ()
 # Exceptions to the limit of 1.15 exponentials per logit. More exponentials mean that logits are computed twice.
 # (For a running maximum, each of four lanes computes an exponential per slot and tile of 32 tokens: 0.125 per logit.)
@@ -203,16 +203,16 @@ class Budget:
     """A limit on a value in the compile report, such as instructions per logit, for the kernels that a call launches.
 
     Attributes:
-        name: what the value is, for messages.
-        kernels: prefixes of kernel names. The values of these kernels are added; for "warps", the minimum is used.
+        name: description of the value, for messages.
+        kernels: prefixes of kernel names. The values of the matching kernels are added; for "warps", the minimum is used.
         use, width, slots: the call, such as "performer forward", its head width, and its number of slots,
             such as random features (0 for any).
         most: the budget. It is a maximum, except for "warps", where it is a minimum.
         reached: if the budget is missed, the limit that is checked instead.
         reason: why the budget is missed.
         column: which value is limited: "loop" or "whole" (columns of the compile report), "whole over loop" (their ratio),
-            "thousand" (instructions per 1,000 multiply-adds), or "warps" (resident warps of a multiprocessor).
-        against: another call, or "". If it is set, the value is divided by the value of the same kernels in that call.
+            "thousand" (instructions per 1,000 multiply-adds), or "warps" (resident warps per multiprocessor).
+        against: another call, or "". If set, the value is divided by the value of the same kernels in that call.
         dtype: the dtype. If it is not bf16, the value is divided by the value of the same kernels in bf16.
     """
 
@@ -342,7 +342,7 @@ class Predicted:
     """A budget, in microseconds, for the predicted time of a call on the H100, summed over its launches (see launch_times.py).
 
     Attributes:
-        directions, kernels: the launches whose times are added: "forward", "backward" or both, and prefixes of kernel names.
+        directions, kernels: which launches count: "forward", "backward" or both, and prefixes of kernel names.
         most, reached, reason: as in Budget.
     """
 

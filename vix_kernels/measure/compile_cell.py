@@ -38,8 +38,8 @@ class Report:
         rows: a row for every launched specialization that was compiled in this run or is in the table.
         compiled: number of specializations that were compiled in this run.
         missing: number of launched specializations that the table lacks. It is counted only if nothing is compiled.
-        launches: maps "op direction" to the numbers of launches (by this library, by PyTorch) of the call with the most
-            launches by this library.
+        launches: maps "op direction" to the number of launches by this library and the number by PyTorch. If there are several
+            calls, the call with the most launches by this library counts.
         errors: a message for each call or compilation that failed.
         times: maps the name of a budget in budgets.PREDICTED to the predicted seconds on the H100.
         changed: a message for each specialization that was compiled again and differs from the table.
@@ -114,7 +114,7 @@ def uses_text(uses: Iterable[Use]) -> str:
 
 
 def whole(row: Row, launches: Iterable[Launch]) -> float:
-    """Return the number of instructions of the whole program per pair of a token and a slot, in the largest launch.
+    """Return the number of instructions of all programs in the largest launch, per pair of a token and a slot.
 
     For kernels without main loops, or without arguments N and M, return the number per element of the largest tensor.
     """

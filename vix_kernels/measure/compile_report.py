@@ -6,7 +6,7 @@ does not fit in shared memory, executes matrix products one after another, compu
 limits, budgets and exceptions are in measure/budgets.py.
 
 --write adds the new rows to the table and drops the rows of changed kernels. It saves every finished cell (architecture, dtype
-and head width), so that the next run continues an interrupted run.
+and head width), so that the next run can continue an interrupted run.
 """
 
 from __future__ import annotations

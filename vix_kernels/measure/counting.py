@@ -1,8 +1,8 @@
 """Count the instructions in a kernel's machine code, per logit and by pipe (an execution unit of a multiprocessor).
 
-The loops of the machine code (SASS) are matched with the loops of TTGIR (ttgir.py), which show the number of logits per
-iteration and the number of iterations. Main loops are the innermost loops with matrix instructions. If any of them compute
-logits, the other loops are not counted.
+The loops of the machine code (SASS) are matched with the loops of TTGIR (see ttgir.py). The TTGIR loops show the number of
+logits per iteration and the number of iterations. Main loops are the innermost loops with matrix instructions. If any of them
+compute logits, the other loops are not counted.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Counts:
     global_: int = 0
 
     def cycles(self, warps: int, arch: str) -> dict[str, float]:
-        """Return the cycles for which `warps` warps occupy each pipe of a multiprocessor."""
+        """Return the number of cycles for which `warps` warps occupy each pipe of a multiprocessor."""
         lanes = {name: 1 if name == "tensor" else LANES for name in PIPES}
         return {
             name: getattr(self, each.name) * lanes[name] * warps / getattr(RATES[arch], each.name)
@@ -163,7 +163,7 @@ def loops(code: Sequence[Instruction]) -> MachineLoop:
 
 
 def blocks(code: Sequence[Instruction]) -> tuple[list[int], list[list[int]]]:
-    """Return the index of the first instruction of each basic block, and the numbers of the blocks that can follow it."""
+    """For each basic block, return the index of its first instruction and the indices of its successors."""
     at = {each.address: index for index, each in enumerate(code)}
     heads = {0}
     for index, each in enumerate(code):
@@ -183,9 +183,9 @@ def blocks(code: Sequence[Instruction]) -> tuple[list[int], list[list[int]]]:
 
 
 def dominators(successors: list[list[int]]) -> dict[int, int]:
-    """Return the blocks that can be reached, in reverse postorder, and the dominators of each as a bit mask."""
+    """Map each reachable block, in reverse postorder, to a bit mask of its dominators."""
     order, seen, waiting = [], {0}, [(0, iter(successors[0]))]
-    while waiting:  # a depth-first search, whose reversed order of completion is the reverse postorder
+    while waiting:  # a depth-first search, which appends the blocks in postorder
         block, rest = waiting[-1]
         following = next((each for each in rest if each not in seen), None)
         if following is None:
@@ -231,7 +231,10 @@ def match(machine: MachineLoop, loop: Loop) -> None:
 
 
 def align(ours: list[MachineLoop], sources: list[Loop]) -> list[tuple[MachineLoop, Loop]] | None:
-    """Pair the loops in order, or return None if this fails. TTGIR loops with constant trip counts may have been unrolled."""
+    """Pair the loops in order, or return None if a loop has no match.
+
+    TTGIR loops with constant trip counts do not need a match, because ptxas may have unrolled them.
+    """
     if not sources:
         return None if ours else []
     if ours and ours[0].multiplies == sources[0].multiplies:
@@ -340,7 +343,7 @@ def work_of(opcode: str, disabled: bool) -> Counts:
 
 
 def multiply_adds(kind: str, modifiers: list[str]) -> int:
-    """Return the multiply-adds of one warp in an instruction. The four warps of a group execute one HGMMA together."""
+    """Return the number of multiply-adds that one warp executes per instruction. Four warps execute one HGMMA together."""
     factor = 2 if "TF32" in modifiers else 1
     if kind == "HGMMA":
         rows, columns, depth = map(int, next(each for each in modifiers if "x" in each).split("x"))

@@ -20,7 +20,7 @@ from .observed import observed
 from .roofline import GPUS
 
 # TFLOP/s of the forward pass of Triton's tutorial kernel on an H100 80GB SXM5 in FP16, by (head width, causal) and for each
-# length in LENGTHS: FlashAttention-3 (arXiv:2407.08608), figure 5, the bars labeled "Triton". A batch has 16,384 tokens in
+# length in LENGTHS. Source: FlashAttention-3 (arXiv:2407.08608), figure 5, bars labeled "Triton". A batch has 16,384 tokens in
 # total, and all heads together have 2,048 channels. A causal pass counts as half as many operations.
 PUBLISHED = {
     (64, False): (382, 400, 403),
@@ -39,7 +39,7 @@ def attend(
     b_q, k, v, b_max, b_sum, b_out, first, last, start_m, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add keys `first` to `last` - 1 to the running maximum, sum and output. If MASKED, a query ignores the keys after it."""
+    """Update the running maximum, sum and output with keys `first` to `last` - 1. If MASKED, each query ignores later keys."""
     o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, D)
     for start in range(first, last, BLOCK_N):
         b_k = tl.load(k + (start + o_n)[:, None] * D + o_d[None, :])
@@ -51,7 +51,7 @@ def attend(
         b_p = tl.exp2(b_s - new_max[:, None])
         decay = tl.exp2(b_max - new_max)
         b_sum = b_sum * decay + tl.sum(b_p, 1)
-        # With b_out * decay as the accumulator of the product, ptxas would execute the products one after another.
+        # With b_out * decay as the accumulator of the product, ptxas would serialize the products.
         b_pv = tl.dot(b_p.to(b_k.dtype), b_v)
         b_out = tl.fma(b_out, tl.broadcast_to(decay[:, None], (BLOCK_M, D)), b_pv)
         b_max = new_max

@@ -1,4 +1,4 @@
-"""Measure the host time of operators: the time in Python, PyTorch and Triton's launcher before a kernel starts. Needs no GPU.
+"""Measure the host time of operators: the time in Python, PyTorch and Triton's launcher before a kernel starts.
 
 examples:
   vix dev host-time                                every operator, in microseconds and relative to two small calls (see below)
@@ -6,8 +6,8 @@ examples:
 
 At small sizes, an eager call takes as long as its host time. The operators run on CPU tensors as they would on an H100, but
 no kernel runs: Triton's launcher calls a stub instead of the CUDA driver. Building the launcher and the stub needs a C
-compiler. In the columns "without launches", the launcher is not called, so the difference from the other times is the time of
-the launcher.
+compiler. No GPU is needed. In the columns "without launches", the launcher is not called. The difference from the other times
+is the time of the launcher.
 
 Times of different runs cannot be compared, because they depend on the machine and its load. Ratios can be compared. They are
 relative to PyTorch's scaled_dot_product_attention on tiny CPU tensors ("x attention"), and to an empty autograd.Function with
@@ -204,7 +204,7 @@ def measure(ops: list[str], launchers: list[str], rounds: int, seconds: float) -
 
 
 def profile(op: str, launcher: str, calls: int = 300) -> dict[str, float]:
-    """Return the fraction of the host time of forward and backward in each step, such as "autograd" (see STEPS).
+    """Return the fraction of host time that the forward and backward passes spend in each step, such as "autograd" (see STEPS).
 
     The overhead of the profiler makes short functions appear slower.
     """

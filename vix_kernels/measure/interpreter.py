@@ -1,4 +1,4 @@
-"""Speedups of Triton's interpreter, and hooks for its memory accesses.
+"""Speed up Triton's interpreter, and observe its memory accesses.
 
 Only this module relies on internals of the interpreter.
 """
@@ -23,13 +23,12 @@ Observer = Callable[[np.ndarray, int], None]
 
 @contextmanager
 def fast_interpreter() -> Iterator[None]:
-    """Make interpreted kernels several times faster inside the block, with the same results.
+    """Make interpreted kernels run several times faster inside the block, with the same results.
 
     By default, the interpreter patches triton.language at every call to a device function, which takes 2 ms. Inside the block,
     it patches the module only once per launch. By default, it also repeats additions, subtractions and multiplications of
-    integers in 64 bits to check for overflow. Inside the block, this check is disabled. Most of the remaining time is spent on
-    looking up dtypes and on constructing block_type and tensor objects. Dtypes and the attributes of these objects are cached,
-    because kernels use only a few different dtypes and shapes.
+    integers in 64 bits to check for overflow. Inside the block, this check is disabled. Dtypes and the attributes of block_type
+    and tensor objects are cached, because recomputing them would take most of the remaining time.
     """
     patch_language, everything = _get(interpreter, "_patch_lang"), SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
     nothing = _get(interpreter, "_LangPatchScope")()

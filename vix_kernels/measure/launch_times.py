@@ -1,9 +1,9 @@
-"""Predict how long each launch of a public call takes, from the machine code of its kernel.
+"""Predict how long each kernel launch of a call takes, from the machine code of the kernel.
 
 The prediction is the longest of these times: the time to transfer each argument to or from memory once; for each pipe
-(execution unit) of the multiprocessors, the time to execute its instructions; and LAUNCH, the time between successive kernels.
-The prediction assumes that all of these overlap perfectly, that latencies are hidden, and that all programs take equally long.
-flash.py compares such predictions with published times.
+(execution unit) of the multiprocessors, the time to execute its instructions; and LAUNCH, the assumed interval between kernels.
+The prediction assumes that these times overlap perfectly, that latencies are hidden, and that all programs take equally long.
+flash.py compares such predictions with published times of FlashAttention.
 """
 
 from __future__ import annotations

@@ -80,12 +80,12 @@ def _measured(device: str, threads: int) -> Device:
 
 
 def copy_bandwidth(device: str, elements: int) -> float:
-    """Return the bandwidth of a copy of `elements` bfloat16 numbers in bytes/s, counting reads and writes."""
+    """Return the bandwidth in bytes/s of copying `elements` bfloat16 numbers, counting reads and writes."""
     source = torch.empty(elements, device=device, dtype=torch.bfloat16).normal_()
     return 2 * source.nbytes / (device_time(source.clone, device=device).median / 1e3)
 
 
 def matrix_rate(device: str, dtype: str, size: int) -> float:
-    """Return the FLOP/s of PyTorch's product of two random matrices of shape (size, size)."""
+    """Return the FLOP/s of multiplying two random matrices of shape (size, size) with PyTorch."""
     a, b = (torch.empty(size, size, device=device, dtype=DTYPES[dtype]).normal_() for _ in range(2))
     return 2 * size**3 / (device_time(lambda: a @ b, device=device).median / 1e3)

@@ -76,7 +76,7 @@ def disassemble(arch: int, cubins: Iterable[bytes]) -> list[list[Instruction]]:
 
 
 def parse(address: str, guard: str, opcode: str, rest: str) -> Instruction:
-    # ptxas also branches with calls that never return. Such a call has a guard, unlike a call to a subroutine.
+    # ptxas also emits branches as calls that never return. Such a call has a guard, unlike a call to a subroutine.
     branches = opcode.startswith("BRA") or (opcode == "CALL.REL.NOINC" and guard)
     target = re.search(r"0x([0-9a-f]+)\s*$", rest) if branches else None
     return Instruction(int(address, 16), guard.strip(), opcode, int(target[1], 16) if target else None)

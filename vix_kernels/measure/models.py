@@ -128,7 +128,9 @@ def make(name: str, provider: str, arguments: dict[str, Any], device: str) -> nn
 def measure(
     name: str, forms: Sequence[Form], device: str, *, batch: int, rounds: int, arguments: dict[str, Any] | None = None
 ) -> list[Row]:
-    """Return rows for inference and a training step (forward, loss, backward, AdamW) of one model for each (provider, dtype).
+    """Measure one model. For each form (provider and dtype), return a row for inference and one for a training step.
+
+    A training step consists of the forward pass, the loss, the backward pass and an AdamW update.
 
     All steps use the same batch of random images. The training row is "failed" if the loss in the last step is not finite.
     """

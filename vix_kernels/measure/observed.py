@@ -1,4 +1,4 @@
-"""Observe the launches of a public call without compiling kernels, and identify the machine code of each launch by a hash."""
+"""Record the kernel launches of a call without compiling kernels, and identify the machine code of each launch by a hash."""
 
 from __future__ import annotations
 
@@ -113,13 +113,13 @@ def describe(arch: str, kernel: Any, grid: tuple[int, ...], args: tuple, meta: d
 
 
 def stored(x: Tensor) -> int:
-    """Return the bytes that a launch transfers if it reads or writes a tensor once. Expanded dimensions count once."""
+    """Return how many bytes a launch transfers if it reads or writes a tensor once. Expanded dimensions count once."""
     sizes = (size for size, stride in zip(x.shape, x.stride(), strict=True) if stride)
     return x.element_size() * prod(sizes)
 
 
 class OnMeta(TorchDispatchMode):
-    """Call the implementations of this library's operators on meta tensors, for which PyTorch would call the fake kernels.
+    """Call the implementations of this library's operators on meta tensors. PyTorch would call the fake kernels instead.
 
     `launches` counts the kernels that PyTorch itself would launch on a GPU. Allocations and views launch none.
     """
@@ -142,7 +142,7 @@ class OnMeta(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Use:
-    """A public call in the compile report: the operator's name with its variant, the direction and the number of slots."""
+    """A call in the compile report: the operator's name with its variant, the direction and the number of slots."""
 
     op: str
     direction: str
@@ -191,14 +191,14 @@ class Cell:
 
     launches: dict[str, list[Launch]] = field(default_factory=lambda: defaultdict(list))  # by key
     uses: dict[str, list[Use]] = field(default_factory=lambda: defaultdict(list))  # calls that launch the kernel, by key
-    # Numbers of launches by this library and by PyTorch, by use. If several calls have the same use, the call with the most
-    # launches by this library counts.
+    # Maps a use to the number of launches by this library and the number by PyTorch. If several calls have the same use, the
+    # call with the most launches by this library counts.
     counts: dict[str, tuple[int, int]] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
 
 
 def observe_cell(arch: str, dtype: str, width: int, ops: tuple[str, ...]) -> Cell:
-    """Observe all calls to `ops` for one cell of the compile report."""
+    """Return the launches of all calls to `ops` for this architecture, dtype and head width. No kernel is compiled."""
     cell = Cell()
     for spec in (SPECS[op] for op in ops):
         for name, case in calls(spec, width, DTYPES[dtype]):

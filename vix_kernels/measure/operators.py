@@ -33,7 +33,7 @@ from .timing import DeviceTime, device_time, in_turns, wall_time
 
 Row = dict[str, Any]
 DIRECTIONS = ("forward", "full", "backward")  # full: forward and backward together; backward: full minus forward
-# Default dtype and sizes. The targets in bench/table.py apply to the CPU defaults, but most of them to 4,096 tokens.
+# Default dtype and sizes. Most targets in bench/table.py apply to the CPU defaults, but with 4,096 tokens.
 USUAL_DTYPE = {"cpu": "fp32", "cuda": "bf16"}
 USUAL = {
     "cpu": Case("usual", batch=2, heads=4, tokens=1024, width=64, features=256, taps=33),
@@ -57,7 +57,7 @@ class Effort:
 class Result:
     """A row, and the times of the calls in milliseconds. `device_ms` in the row is their median.
 
-    For "backward", there are no times of calls, because `device_ms` is a difference of two medians.
+    For "backward", there are no call times, because `device_ms` is a difference of two medians.
     """
 
     row: Row

@@ -1,8 +1,8 @@
 """Providers of an operator: this library's backends, its plain PyTorch reference (eager and compiled), and peers.
 
 A peer is a function from another package, or PyTorch code as in published models, that is compared with the operator. Peers
-compute the same result, up to small differences, unless their docstrings below say otherwise. For example, one peer is softmax
-attention. The linear layers of peers are replaced by identities, because the operator does not include them.
+compute the same result, up to small differences. The docstrings below describe exceptions, such as softmax attention. The
+linear layers of peers are replaced by identities, because the operator does not include them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Contender:
         exact: function that computes the expected outputs from the problem in float64. The default is the reference.
         shown: function that selects the outputs to check, and converts them to the layout of `exact`.
         tolerance: allowed relative error of float32 outputs, compared with `exact`. For 16-bit outputs, 16 times the eps of the
-            dtype is added. If it is None, the allowed error is 4 times the sum of this eps and the error of the reference in
+            dtype is added. If None, the allowed error is 4 times the sum of the dtype's eps and the error of the reference in
             the dtype of the problem.
     """
 

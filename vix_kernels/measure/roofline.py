@@ -6,16 +6,16 @@ examples:
   vix dev roofline --op performer_attention --gpu H100    one line per shape
   vix dev roofline --csv roofline.csv --plot roofline.png
 
-With OP and --shape, the prediction for each launch is the longest of these times: bytes divided by memory bandwidth, the
-instructions of its kernel divided by the rate of the unit that executes them, and the time between two kernels. The instruction
-counts come from the committed table of `vix dev compile-report`. Kernels that are not in this table are compiled. --calibrate
-compares such predictions with published times.
+With OP and --shape, the prediction for each launch is the longest of these times: bytes divided by memory bandwidth,
+instructions divided by the rate of the unit that executes them, and 2 microseconds, the assumed interval between kernels. The
+instruction counts come from the committed table of `vix dev compile-report`. Kernels that are not in this table are compiled.
+--calibrate compares such predictions with published times of FlashAttention on the H100.
 
 Without OP, a table shows the minimum time of all operators, or of those in --op, computed from published peak rates. gflop,
 mexp and mbyte are the minimum work of a call (10^9 operations, 10^6 exponentials, 10^6 bytes). predicted_us is the longest of
 four times: bytes divided by memory bandwidth, operations divided by the rate of the matrix units, exponentials divided by the
-rate of the special-function units, and the time of all launches one after another. bound_by names the longest one. measured_us
-comes from the newest run of bench/on_gpu.sh in the results folder that measured the shape. It is empty if there is no such run.
+rate of the special-function units, and 2 microseconds per launch. bound_by names the longest of these times. measured_us comes
+from the newest run of bench/on_gpu.sh in the results folder that measured the shape. It is empty if there is no such run.
 The prediction is a lower bound, not the time that a call takes.
 """
 

@@ -44,8 +44,8 @@ class DeviceTime:
 def device_time(function: Callable[[], Any], *, device: str | None = None, milliseconds: float = 50.0) -> DeviceTime:
     """Time function() on "cuda" or "cpu", by default on the GPU if there is one.
 
-    On a GPU, the call is repeated for about `milliseconds`, each time with a cold L2 cache, and is captured in a CUDA graph if
-    possible. On a CPU, three calls are timed.
+    On a GPU, the call is repeated for about `milliseconds` ms, each time with a cold L2 cache. It is captured in a CUDA graph
+    if possible. On a CPU, three calls are timed.
     """
     if device == "cpu" or not torch.cuda.is_available():
         return in_turns({"": function}, rounds=3)[""]

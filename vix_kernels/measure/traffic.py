@@ -5,11 +5,11 @@
     print(traffic.forward.ratio, traffic.backward.ratio)
     print(traffic.forward)  # launch by launch
 
-The traffic of a launch is the bytes it loads plus the bytes it stores. A byte that is loaded several times counts once, and so
-does a byte that is stored several times. This models a GPU whose cache keeps everything during a launch and nothing between
-launches. The kernels run in Triton's interpreter, and the addresses of their loads and stores are recorded, so masked lanes,
-shared projections and views of one packed tensor are counted correctly. A PyTorch operator counts as a launch that reads its
-operands and writes its result.
+The traffic of a launch is the number of bytes it loads plus the number of bytes it stores. A byte that is loaded several times
+counts once, and so does a byte that is stored several times. This models a GPU whose cache keeps everything during a launch and
+nothing between launches. The kernels run in Triton's interpreter, and the addresses of their loads and stores are recorded.
+Masked lanes, shared projections and views of one packed tensor are therefore counted correctly. A PyTorch operator counts as a
+launch that reads its operands and writes its result.
 
 The minimum traffic of a forward or backward pass is the number of bytes that it reads from its arguments, plus the
 number of bytes of its results. Each byte counts once. The arguments of the forward pass are the tensors that the caller passes.
@@ -89,7 +89,7 @@ class Pass:
                 ", ".join(f"{name} {kib(size)}" for name, size in part.items()) for part in (each.loaded, each.stored)
             )
             lines.append(f"{kib(each.bytes):>10}  {each.kernel}: {moved}")
-        lines.append(f"{kib(self.bytes):>10}  in all, {self.ratio:.3f} of the minimum, {kib(self.least)}")
+        lines.append(f"{kib(self.bytes):>10}  in total, {self.ratio:.3f} times the minimum, {kib(self.least)}")
         return "\n".join(lines)
 
 

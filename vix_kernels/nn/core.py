@@ -1,7 +1,7 @@
 """Cores: attention methods, independent of the modules that use them.
 
 A core is a frozen dataclass with the options of one attention method. It declares the state of the method, such as parameters,
-and computes the attention. Modules contain a core: for example, the timm-style module in nn/module.py and the attention layers
+and computes the attention. Many modules contain a core, such as the timm-style module in nn/module.py and the attention layers
 of the models in models/ (the "zoo"). These modules accept any core without referring to it by name, so a registered core works
 in all of them:
 
@@ -86,8 +86,8 @@ class Mixer:
     Attributes:
         name: the name under which the mixer is registered.
         prefix_tokens, grid_size: placement of the slots (landmarks or agents), for mixers that pool tokens into slots.
-        presets: defaults that override the defaults of the fields. "zoo" applies to models in models/, and "host" applies to
-            host models, which are models whose softmax attention is replaced.
+        presets: defaults that override the defaults of the fields. "zoo" applies to models in models/. "host" applies to host
+            models, that is, to models whose softmax attention is replaced.
         sited: names of options whose values come from the Site. Models in models/ do not accept these options.
         has_extra_state: whether modules with this mixer have extra state (see extra_state, load_extra_state).
         for_hosts: whether this mixer can replace softmax attention in a host model.
@@ -223,7 +223,7 @@ class Core(Mixer):
         self, module: Any, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, rope: Rope | None, tokens: Tokens,
         sdpa: SdpaArgs, backend: str,
     ) -> Tensor:  # fmt: skip
-        """Return the attention output for q, k and v. All four have the shape (batch, heads, tokens, head_dim).
+        """Return the attention output for q, k and v. Inputs and output have the shape (batch, heads, tokens, head_dim).
 
         `module` has the state of the core as attributes. The default scale is head_dim ** -0.5.
         """

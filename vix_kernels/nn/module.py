@@ -62,8 +62,8 @@ class MixerModule(Mounted):
 class AttentionModule(MixerModule):
     """Multi-head attention with any core (see nn/core.py) and the linear layers of timm's `Attention`.
 
-    The parameters have the same names as in timm. The positional arguments after `core` have the same names and order as in
-    timm, but timm's `Attention` has more arguments between them.
+    The parameters and the arguments from `dim` to `norm_layer` are named as in timm. timm's `Attention` has more arguments
+    between them, so pass the arguments after `num_heads` by keyword.
 
     Args:
         core: an instance of a Core subclass, which computes the attention.
@@ -73,7 +73,7 @@ class AttentionModule(MixerModule):
         qk_norm: whether to normalize q and k of each head with norm_layer(head_dim).
         attn_drop, proj_drop: dropout rates for the attention weights and for the output. Linear-cost cores do not compute
             attention weights, so they require attn_drop=0.
-        norm_layer: the class of the norms if qk_norm is set. Defaults to torch.nn.LayerNorm.
+        norm_layer: the class of the normalization layers if qk_norm is set. Defaults to torch.nn.LayerNorm.
         backend: backend of the attention and of the rotary embedding.
         site: the Site of the module (see nn/core.py). By default, only the number and width of the heads are set.
     """

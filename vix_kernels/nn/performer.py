@@ -20,7 +20,7 @@ from .module import RedrawnAttentionModule
 
 
 class Derived(NamedTuple):
-    """The state of Performer attention for calls without a module."""
+    """The random features of Performer attention, for calls without a module."""
 
     projection: Tensor
 

@@ -56,9 +56,9 @@ def check_number(name: str, value: Any, *, zero: bool = False) -> float:
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None = None) -> None:
-    """Check q (B, H, N, D), k (B, H, N', D) and v (B, H, N', E), which must have the same floating-point dtype and device.
+    """Check the shapes, dtypes and devices of q (B, H, N, D), k (B, H, N', D) and v (B, H, N', E).
 
-    Also check `key_padding_mask`.
+    All three must have the same floating-point dtype and device. Also check `key_padding_mask`.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x)

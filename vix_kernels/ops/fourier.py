@@ -34,7 +34,7 @@ def fourier_mixing(x: Tensor, *, norm: Literal["ortho"] | None = None, backend: 
             faster than the matrix products in the kernels, even "triton" calls torch.fft. See MOST_WORK in primitives/dft.py.
 
     Returns:
-        (batch, tokens, channels) in x's dtype. Differentiable in x. No tensor is saved for backward.
+        (batch, tokens, channels) in x's dtype. Differentiable in x. No tensor is saved for the backward pass.
 
     Plain sums are about sqrt(tokens * channels) times as large as x if x is noise with zero mean, and up to tokens * channels
     times as large otherwise. In float16, the zero frequency y[:, 0, 0] = x.sum((1, 2)) overflows if its magnitude exceeds

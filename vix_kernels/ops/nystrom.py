@@ -68,9 +68,9 @@ def nystrom_attention(
             "segment": segments of the sequence. If num_landmarks does not divide the number of tokens, the first segments are
             one token shorter than the others.
             "grid": cells of the (height, width) grid `grid_size`, as in adaptive average pooling. Of all cell layouts with
-            rows * columns = num_landmarks, the one whose cells are closest to squares is used. On images, this is much
+            rows * columns = num_landmarks, the one whose cells are closest to square is used. On images, "grid" is much
             more accurate than "segment".
-            "pad_front": as "segment", but all-zero tokens are first added at the front until num_landmarks divides the number
+            "pad_front": like "segment", but all-zero tokens are first added at the front until num_landmarks divides the number
             of tokens. Without a mask, queries also attend to these tokens. Use this option for weights from the
             nystrom-attention package.
         grid_size: for "grid", the (height, width) of the grid that the tokens after the prefix form.

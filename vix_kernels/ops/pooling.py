@@ -17,7 +17,7 @@ def pooling(name: str, count: int, grid_size: tuple[int, int] | None, prefix_tok
     """Return the arguments of `primitives.landmarks` that pool tokens into `count` means.
 
     Without a grid, tokens after the prefix are pooled over segments of the sequence. With a grid, they are pooled over `count`
-    grid cells that are as close to squares as possible. Each prefix token becomes an additional, separate mean.
+    grid cells that are as close to square as possible. Each prefix token becomes an additional, separate mean.
 
     Args:
         name: name of the argument in error messages about `count`.

@@ -281,7 +281,9 @@ def _table(angles: Tensor, layout: Layout, prefix_tokens: int, device: torch.dev
 
 @planned
 def apply_rope(q: Tensor, k: Tensor, rope: Rope, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """Rotate q and k in one kernel. Only the tables are saved for backward, unless the angles require a gradient.
+    """Rotate q and k. With Triton, one kernel rotates both.
+
+    Only the tables are saved for the backward pass, unless the angles require a gradient.
 
     Args:
         q, k: (batch, heads, tokens, head_dim), with the same shape and dtype. Views with last stride 1 are not copied.
@@ -324,7 +326,7 @@ def apply_rope_reference(q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tens
 
 
 def check_rope(rope: Rope, q: Tensor, k: Tensor) -> Rotary:
-    """Check that a Rope matches q and k, which must have the same number of tokens. Return its tables as a Rotary."""
+    """Check that q and k have the same number of tokens, and that `rope` matches them. Return its tables as a Rotary."""
     if not isinstance(rope, Rope):
         raise TypeError(f"rope: expected a Rope (see rope_1d), got {type(rope).__name__}")
     if q.shape[2] != k.shape[2]:

@@ -4,7 +4,7 @@
 
 The bias a_j of a slot p_j is a base-2 logarithm, like the lse that aggregate returns. A slot with bias -inf has probability 0.
 If all slots have bias -inf, out is 0. A mask of the slots may be given instead of a bias. Then the bias is 0 for valid slots
-and -inf for the others. With RoPE, queries are rotated first.
+and -inf for invalid slots. With RoPE, queries are rotated first.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def broadcast(
         q: (batch, heads, N, D). Views with last stride 1 are not copied.
         slots: (batch or 1, heads or 1, M, D), in q's dtype or float32.
         values: (batch, heads, M, E), float32 (float64 for float64 queries).
-        slot_bias: (batch, heads, M) in values' dtype, or a mask (batch, M) of any dtype, in which a slot is valid if its
+        slot_bias: (batch, heads, M) in values' dtype, or a mask (batch, M) of any dtype. In a mask, a slot is valid if its
             element is not 0. If None, the bias is 0.
         scale: scaling factor of the logits.
         rows: (batch, heads, P, E) in values' dtype. These rows replace the outputs of the first P queries.
@@ -58,7 +58,7 @@ def broadcast(
 
 
 def with_rows(out: Tensor, rows: Tensor | None) -> Tensor:
-    """Overwrite the first rows of `out` with `rows`, in place."""
+    """Overwrite the first rows of `out` with `rows` in place, unless `rows` is None. Return `out`."""
     if rows is not None:
         out[:, :, : rows.shape[2]].copy_(rows)
     return out

@@ -1,10 +1,10 @@
 """dropout: dropout with fast random number generation on a CPU.
 
-On a CPU, drawing the random numbers of PyTorch's dropout takes longer than the matrix products before and after it.
+On a CPU, drawing the random numbers of PyTorch's dropout takes longer than the matrix products before and after the dropout.
 
     y = x kept / (1 - p),    kept = 1 with probability 1 - p, else 0
 
-If 0 < p < 1, the probability that kept is 0 is p, rounded to a multiple of 2^-16. This probability is at least 2^-16 and at
+If 0 < p < 1, the probability of kept = 0 is p, rounded to a multiple of 2^-16. This probability is at least 2^-16 and at
 most 1 - 2^-16. The factor 1 / (1 - p) uses p without rounding, but is at most 2^16. If p is 1, y is 0. One byte per element is
 saved for the backward pass.
 """

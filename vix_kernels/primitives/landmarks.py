@@ -6,8 +6,8 @@ Each of the first `prefix` tokens is a landmark. The other tokens form a grid in
 window consists of all tokens in a range of rows and a range of columns. There are two ways to choose `count` ranges along an
 axis of `size` tokens:
 
-    segments    The first count - size % count ranges have size // count tokens, and the others have one more. Ranges do not
-                overlap.
+    segments    The first count - size % count ranges have size // count tokens, and the other ranges have one more. Ranges
+                do not overlap.
     adaptive    Range j is [floor(j size / count), ceil((j + 1) size / count)), as in torch's adaptive pooling. Neighboring
                 ranges may share a token if count does not divide size.
 
@@ -46,7 +46,7 @@ def landmarks(
     Args:
         q: (batch, heads, N, D). Views with last stride 1 are not copied.
         k: (batch, heads, N', D) in q's dtype, or None. N' may differ from N only if rows = 1 and rotary is None.
-        prefix: number of leading tokens, each of which is a landmark.
+        prefix: number of leading tokens. Each of them is a landmark.
         rows: number of rows of the grid that the other tokens form, or 1 if they form a plain sequence.
         mark_rows, mark_columns: size of the grid of landmarks, at most the size of the grid of tokens.
         adaptive: whether to use the windows of adaptive pooling. If not, windows are segments.
@@ -88,7 +88,7 @@ def landmarks_reference(
     """
 
     def window_sums(x: Tensor, axis: int, count: int) -> Tensor:
-        """Return the sums of x over `count` windows along `axis`, which is negative."""
+        """Return the sums of x over `count` windows along `axis`, a negative index."""
         size, window = x.shape[axis], torch.arange(count + 1, device=x.device)
         starts = window * (size // count) + (window - count + size % count).clamp(min=0)
         starts, ends = starts[:-1], starts[1:]

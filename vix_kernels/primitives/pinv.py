@@ -92,7 +92,7 @@ def pinv_reference(
 
 
 def inverse_reference(a: Tensor, z: Tensor, iterations: int) -> Tensor:
-    """Return Z_T for A = a and Z_0 = z, which are (..., L, L)."""
+    """Return Z_T for A = a and Z_0 = z, both (..., L, L)."""
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     for _ in range(iterations):
         x = a @ z

@@ -109,7 +109,7 @@ class OpSpec:
             without slots. The name of the case is appended to the name of the operator. If the operator supports masks, the
             report adds a copy of the first case with a mask. If the operator computes attention and supports the "half" layout
             of the rotary embedding, the report adds a copy with this layout.
-        variants: more cases for `vix dev compile-report`, without such copies.
+        variants: more cases for `vix dev compile-report`. The report adds no copies of them.
         most_features: upper limit of `features` in measurements. See `fit`.
 
     measure/costs.py counts the bytes and launches of an operator.

@@ -150,7 +150,7 @@ def existing_checkpoint(path: str | Path, flag: str = "--resume") -> Path:
 
 
 def _read_shards(folder: Path, checkpoint: Checkpoint) -> None:
-    """Load the tensors in `folder` into the entries "model", "optimizer" and "ema" of `checkpoint`, which are dicts."""
+    """Load the tensors in `folder` into the dicts "model", "optimizer" and "ema" of `checkpoint`."""
     reader = _Reader(folder)
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)

@@ -209,7 +209,7 @@ def make_model(
     """Create the model of a run. Its weights are random, unless `pretrained` is set.
 
     Args:
-        config: the settings of the run. `model` is used, and for a timm model also `attention` and `backend`.
+        config: the settings of the run. Only `model` is read, and for a timm model also `attention` and `backend`.
         arguments: the arguments of the model.
         shape: channels, height and width of the images of the run.
     """

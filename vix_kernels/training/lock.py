@@ -35,8 +35,8 @@ if hasattr(os, "register_at_fork"):
 def locked(folder: Path) -> Iterator[str]:
     """Lock `folder` for the duration of the block, by calling flock on a file in it.
 
-    Yields the string that `lock_owner` reads from the file. If the process is killed, the operating system releases the lock.
-    Warns if the operating system or the file system does not support locks.
+    Yield the string that `lock_owner` reads from the file. If the process is killed, the operating system releases the lock.
+    Warn if the operating system or the file system does not support locks.
 
     Raises:
         UserError: another run has the lock.

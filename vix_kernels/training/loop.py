@@ -157,7 +157,7 @@ def evaluate(model: nn.Module, dataset: Dataset, config: Config, ranks: Ranks | 
 def tested(
     model: nn.Module, dataset: Dataset, config: Config, ranks: Ranks | None = None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield the uint8 images, labels and logits (images, classes) of each batch of this process's held-out images."""
+    """For each batch of this process's held-out images, yield the uint8 images, the labels and the logits (images, classes)."""
     ranks = ranks or Ranks()
     model.eval()
     images = len(dataset.test)

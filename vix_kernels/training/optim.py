@@ -71,7 +71,11 @@ class Optimizer:
         }
 
     def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
-        """Load the result of `state_dict`. Raises `UserError` if `saved` is from a different model or optimizer."""
+        """Load the result of `state_dict`.
+
+        Raises:
+            UserError: `saved` is from a different model or optimizer.
+        """
         parameters = {name: parameter for parameter, name in self.names.items()}
         owners = {p: part for part in self.parts for group in part.param_groups for p in group["params"]}
         for part in self.parts:

@@ -54,7 +54,7 @@ class Ranks:
     def share(self, batch: int) -> Tensor | None:
         """Return the positions of this process's images in a batch of `batch` images, or None if it gets all images.
 
-        The positions form mirrored pairs, because `augment.mix` mixes the two images of a pair.
+        The positions form pairs (i, batch - 1 - i), because `augment.mix` mixes the two images of a pair.
         """
         if self.world == 1:
             return None
@@ -157,7 +157,7 @@ class Ranks:
     def fails_first(self) -> bool:
         """Record that this process has failed, and return whether it is the first to fail.
 
-        The other processes fail later, when their connections to the first one break.
+        After one process has failed, the others fail, too, because their connections to it break.
         """
         if self.world == 1:
             return True
@@ -185,7 +185,7 @@ class Ranks:
 
 @contextmanager
 def connected() -> Iterator[Ranks]:
-    """For the duration of the block, connect the processes that torchrun started. Yields the `Ranks` of this process.
+    """For the duration of the block, connect the processes that torchrun started. Yield the `Ranks` of this process.
 
     If the caller has initialized torch.distributed, use its process group, which must support CPU tensors. Without torchrun and
     without a process group, this process runs alone.

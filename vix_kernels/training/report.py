@@ -27,7 +27,7 @@ PLAIN = {"parse_math": False}  # otherwise, a $ in a name would start a formula
 
 
 def best_epoch(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the row with the highest top-1. Ties go to the lowest loss, then to the earliest epoch."""
+    """Return the row with the highest top-1 accuracy. Ties go to the lowest loss, then to the earliest epoch."""
     return max(history, key=lambda row: (row["eval_top1"], -row["eval_loss"]))
 
 
@@ -105,7 +105,7 @@ def draw_learning_curve(path: Path, history: list[dict[str, Any]], best: dict[st
 
 
 def draw_evaluation(folder: Path, trained: Trained, evaluation: Evaluation, dataset: Dataset) -> None:
-    """Draw confusion.png and mistakes.png in `folder`."""
+    """Draw the confusion matrix to confusion.png and the misclassified images to mistakes.png in `folder`."""
     title = f"{trained.config.model} on {dataset.name}, top-1 {evaluation.top1:.2f} %"
     draw_confusion(folder / "confusion.png", evaluation.confusion, dataset.classes, title)
     draw_mistakes(folder / "mistakes.png", evaluation, dataset.classes, dataset.max_value, title)

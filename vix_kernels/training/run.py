@@ -313,7 +313,7 @@ class Run:
             draw_learning_curve(self.output / "learning_curve.png", history, best_epoch(history), self.title)
 
     def draw_best(self) -> None:
-        """Evaluate the best checkpoint, and draw the confusion matrix and the mistakes."""
+        """Evaluate the best checkpoint, and draw the confusion matrix and the misclassified images."""
         trained = load_trained(self.output, self.state.device)
         draw_evaluation(self.output, trained, evaluate_trained(trained, self.dataset), self.dataset)
 

@@ -44,10 +44,10 @@ def located(config: Config) -> tuple[str | None, Path | None]:
 
 
 def resumes(folder: Path, resume: str | None) -> bool:
-    """Return whether `resume` names the last.pt in `folder`, so that the run in `folder` continues.
+    """Return whether `resume` names the last.pt in `folder`. If so, the run in `folder` continues.
 
     Raises:
-        UserError: `resume` names a different checkpoint or none, and `folder` contains a run that torchrun has not restarted.
+        UserError: `resume` is None or names another checkpoint, and `folder` contains a run that torchrun has not restarted.
     """
     if resume and checkpoint_path(resume).resolve() == (folder / "last.pt").resolve():
         return True

@@ -31,7 +31,7 @@ class State:
         call: the module to call for training, which averages the gradients over all processes.
         history: one row for each completed epoch.
         step: the number of completed steps in the current epoch.
-        loss_sum: the sum of the losses of this process's images in the completed steps of the current epoch.
+        loss_sum: the sum of losses over this process's images in the completed steps of the current epoch.
         seconds: the time that the completed steps of the current epoch took.
         teacher: the model to learn from, or None.
         diverged: the first step in the current epoch whose loss was not finite, or NEVER. It is a tensor on the device.

@@ -154,7 +154,7 @@ class Evaluation:
         loss: the mean cross-entropy.
         top1, top5: the accuracies in percent.
         confusion: the confusion matrix, (classes, classes). Rows are true classes, and columns are predicted classes.
-        mistakes: the wrongly classified images with the highest predicted probability, uint8 (n, channels, height, width).
+        mistakes: the misclassified images with the highest predicted probability, uint8 (n, channels, height, width).
         labels, predicted, probability: the true class, the predicted class and its probability for each mistake, (n,).
     """
 

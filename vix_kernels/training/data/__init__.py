@@ -37,7 +37,9 @@ def load_dataset(name: str, img_size: Size | None = None, **options: Any) -> Dat
 def open_dataset(
     name: str, img_size: Size | None = None, *, data_dir: str | None = None, stream: bool | None = None, workers: int = 4
 ) -> Source:
-    """Open a dataset by its name or path. Images in packs (.npz files) and folders are decoded later.
+    """Open a dataset by its name or path.
+
+    `Source.load` decodes the images in packs (.npz files) and folders. Streamed images are decoded on demand instead.
 
     Args:
         name: a name from NAMES, or the path of a pack or folder in one of FORMATS.

@@ -1,4 +1,4 @@
-"""The classes for datasets, and functions that the readers of all formats share."""
+"""`Source` and `Dataset`, and functions that the readers of all formats share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read MNIST and other datasets in its format: images and labels in four idx files, which may be compressed."""
+"""Read MNIST and other datasets in the same format: images and labels in four idx files, which may be compressed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt",
 
 
 def find_idx(folder: Path, part: str, kind: str) -> Path | None:
-    """Return the file for a part (train or t10k) and a kind (images-idx3 or labels-idx1), or None if it does not exist.
+    """Return the file for `part` (train or t10k) and `kind` (images-idx3 or labels-idx1), or None if it does not exist.
 
     In some copies of MNIST, the file names have a dot instead of a hyphen before idx, as in train-images.idx3-ubyte.
     """
@@ -33,7 +33,7 @@ def is_idx(folder: Path) -> bool:
 
 
 def idx(folder: Path) -> Dataset:
-    """Read the grayscale images and labels of the parts train and t10k. The files may be compressed (.gz).
+    """Read the grayscale images and labels of the train and t10k splits. The files may be compressed (.gz).
 
     The classes are the numbers from 0 to the largest training label, or the classes of Fashion-MNIST if the name of `folder`
     contains "fashion".

@@ -50,7 +50,7 @@ class HeldImages:
 
     Attributes:
         size: (height, width) to which each batch is resized. If None, the images keep their size.
-        max_value: the largest value of a resized pixel.
+        max_value: resized pixels are clamped to [0, max_value].
     """
 
     images: Tensor
@@ -121,7 +121,8 @@ class StreamedImages:
 class _Decoder(torch.utils.data.Dataset):
     """Decodes images. An item is a tuple (pixels, index of the decoded image, files that could not be decoded).
 
-    The pixels are None if no image could be decoded.
+    If `replace_unreadable` is set, an image that cannot be decoded is replaced by the next one that can. The pixels are None if
+    no image could be decoded.
     """
 
     images: StreamedImages
@@ -166,7 +167,7 @@ def resized(images: Tensor, size: tuple[int, int], max_value: int) -> Tensor:
 
 
 def hidden() -> bool | None:
-    """Return the `disable` argument for tqdm: None to show the bar on a terminal, or True to hide it in ranks other than 0."""
+    """Return the `disable` argument for tqdm: None to show the bar on a terminal, or True to hide it on ranks other than 0."""
     return True if int(os.environ.get("RANK", 0)) else None
 
 
