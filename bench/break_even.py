@@ -3,14 +3,16 @@
     python -m bench.break_even --output DIR              times on one CPU thread
     python -m bench.break_even --predict --output DIR    predictions for the H100, from machine code
 
-Each method has the default options of the integrations. Linformer and Fourier mixing cannot replace softmax attention in
-models of other libraries, so they have the default options of this library's modules. The baseline is PyTorch's
+Each method uses the default options of the integrations. Linformer and Fourier mixing cannot replace softmax attention in
+models of other libraries, so they use the default options of this library's modules. The baseline is PyTorch's
 scaled_dot_product_attention on the same q, k and v. Only the attention function is measured, without linear layers. On a CPU,
-the methods take turns, and each ratio compares two CPU times from the same round. --predict needs no GPU: as in
-`vix dev roofline OP --shape`, the time of each launch is computed from its machine code and published peak rates. A PyTorch
-kernel counts only as a fixed launch time. Softmax attention is predicted in the same way, from the kernel in
-vix_kernels/measure/flash.py. This kernel has no backward pass, so only forward passes are predicted. --write updates the table
-in vix_kernels/measure/break_even.csv.
+calls to the methods alternate. A ratio is the CPU time of a method divided by the CPU time of softmax attention in the same
+round.
+
+--predict needs no GPU. As in `vix dev roofline OP --shape`, the time of each launch is computed from the machine code and
+published peak rates. Each PyTorch kernel adds only a fixed launch time. Softmax attention is predicted in the same way, from
+the kernel in vix_kernels/measure/flash.py. This kernel has no backward pass, so only forward passes are predicted. --write
+updates the table in vix_kernels/measure/break_even.csv.
 """
 
 from __future__ import annotations
@@ -87,8 +89,7 @@ def measure(width: int, tokens: int, rounds: int) -> Iterator[Row]:
 def predict(width: int, tokens: int, gpu: Device) -> Iterator[Row]:
     """Yield a row for each method, with the predicted time of its forward pass in bfloat16.
 
-    A method that launches no kernel of this library has no row: on long inputs, Fourier mixing uses torch.fft, whose time is
-    not predicted.
+    A method that launches no kernel of this library has no row. For example, Fourier mixing uses torch.fft for long inputs.
     """
     from vix_kernels.measure.flash import flash_forward
     from vix_kernels.measure.launch_times import committed, predict, row_of

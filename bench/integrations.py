@@ -138,7 +138,8 @@ def measured(name: str, rounds: int) -> tuple[float, dict[str, Times]]:
 def summary(name: str, runs: list[tuple[float, dict[str, Times]]]) -> dict[str, Any]:
     """Return a row with the largest error, the median times of this library, and the median and range of the ratios.
 
-    A ratio compares two times of the same round. The medians and the range cover all rounds of all processes.
+    A ratio is the time of this library divided by the time of the host library in the same round. The medians and the range
+    cover all rounds of all processes.
     """
     row: dict[str, Any] = dict(integration=name, what=INTEGRATIONS[name][1], relative_error=max(error for error, _ in runs))
     for direction in ("forward", "full"):

@@ -1,11 +1,12 @@
-"""Convert a trained softmax model to several attention methods, and compare the accuracies: `make linearize`.
+"""Convert a trained softmax model to several attention methods, and compare the accuracies. `make linearize` runs this script.
 
 The teacher is a run of `vix train` on a dataset with labels. The script converts the teacher to every method with every number
 of features or landmarks, with and without exact softmax attention for the class token, and with every seed. Conversions to
-Nystrom attention use only the first seed. The script evaluates each converted model once on all held-out images. A row contains
-the agreement with the teacher, the accuracy, the mean Kullback-Leibler divergence, and the duration of the conversion in
-seconds. The first row is the teacher. The script writes linearize.csv after every conversion, and continues an interrupted run.
-At the end, it draws linearize.png, which includes the times of bench/linearize_time.py if they are in the same folder.
+Nystrom attention use only the first seed. The script evaluates each converted model once on all held-out images. Each row of
+linearize.csv contains the agreement with the teacher, the accuracy, the mean Kullback-Leibler divergence, and the conversion
+time in seconds. The first row is the teacher. The script writes the file after every conversion, and continues an interrupted
+run. At the end, it draws linearize.png, with the times measured by bench/linearize_time.py if their CSV file is in the same
+folder.
 """
 
 from __future__ import annotations
@@ -88,7 +89,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def jobs(methods: list[str] | None, counts: list[int] | None) -> list[tuple[str, str, dict[str, Any], int, bool]]:
-    """Return the chosen conversions, sorted by whether they use distillation, then by number of features or landmarks."""
+    """Return the chosen conversions as tuples (method, op, settings, slots, distilled).
+
+    Conversions without distillation come first. Within each group, they are sorted by the number of features or landmarks.
+    """
     found = [
         (method, op, settings, slots, distilled)
         for method, op, settings, known, distilled in METHODS

@@ -1,12 +1,12 @@
-"""Measure the time per image of converted models for several numbers of tokens: a part of `make linearize`.
+"""Measure the time per image of converted models at several numbers of tokens. `make linearize` runs this script.
 
     python -m bench.linearize_time --output DIR
     python -m bench.linearize_time --output DIR --timm vit_tiny_patch16_224 --sides 32 64
 
 The model is hybrid_vit as in `make linearize`, or a timm vision transformer. All models have random weights, because the time
-does not depend on the weights. The batch size is 1. The models take turns, and a row of linearize-time.csv (NAME-time.csv for a
-timm model) has the median over the rounds. Times are CPU times of one thread. "no attention" is the same model with its
-attention layers replaced by the identity.
+does not depend on the weights. The batch size is 1. Each round calls every model once. Each row of linearize-time.csv
+(NAME-time.csv for a timm model) contains the median time of one model. Times are CPU times of one thread. "no attention" is the
+same model with its attention layers replaced by the identity.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ def timm_vit(name: str, side: int) -> tuple[nn.Module, int]:
 
 
 def models(model: Callable[[], nn.Module]) -> Iterator[tuple[Key, nn.Module]]:
-    """Yield the softmax model that `model` returns, and its conversions. Class tokens use exact softmax attention."""
+    """Yield (key, model) for the softmax model that `model` creates, its conversions, and the model without attention.
+
+    In the conversions, class tokens use exact softmax attention.
+    """
     yield ("softmax", 0), model()
     for name, op, option in METHODS:
         for count in COUNTS:

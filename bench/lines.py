@@ -1,7 +1,7 @@
 """Count lines of code: `python -m bench.lines [CHECKOUT ...]`.
 
-Comments, docstrings, blank lines, tests/ and the launch table are not counted. The code that counts as "measuring" is in
-vix_kernels/measure/ and bench/. In older checkouts, it is also in vix_kernels/bench/ and in the files listed in ONCE_MEASURING.
+Comments, docstrings, blank lines, tests/ and the launch table are not counted. The row "measuring" counts the code in
+vix_kernels/measure/ and bench/. In older checkouts, it also counts vix_kernels/bench/ and the files in ONCE_MEASURING.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def lines(source: str) -> int:
 
 
 def count(checkout: Path) -> Counter[str]:
-    """Return the number of lines of code in each folder, of measuring code ("measuring"), and in all folders ("all")."""
+    """Return the number of lines of code in each folder, in the measuring code ("measuring"), and in all folders ("all")."""
     counts: Counter[str] = Counter()
     for top in ("vix_kernels", "models", "bench"):
         for path in sorted((checkout / top).rglob("*.py")):

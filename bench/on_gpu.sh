@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Collect all GPU measurements of this checkout in the folder OUT. Usage: bench/on_gpu.sh OUT. For the options, see --help.
+# Test and measure this checkout on a GPU. Usage: bench/on_gpu.sh OUT, where OUT is the folder for the results. Options: --help.
 # The script needs python3 with torch, Triton, NumPy and einops, but no network and no installation of this library. Set PYTHON
 # to use a different interpreter.
 set -euo pipefail

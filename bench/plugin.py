@@ -1,7 +1,7 @@
 """Plugin for `pytest --benchmark` that makes pytest-benchmark report device time.
 
-The statistics, JSON files and comparisons of pytest-benchmark then contain device times, or CPU times if there is no GPU. The
-first test for an operator and a number of tokens checks and measures all providers (implementations of the operator), as
+The statistics, JSON files and comparisons of pytest-benchmark then contain device times, or CPU times if there is no GPU. For
+each operator and sequence length, the first test checks and measures all providers (implementations of the operator), as
 described in vix_kernels/measure/operators.py. Each test then passes the times of its provider to pytest-benchmark.
 """
 
@@ -30,7 +30,7 @@ Race = dict[tuple[str, str], Result]  # (provider, direction) -> result
 
 
 class Recorded:
-    """A clock that advances only in the functions that `replay` returns."""
+    """A clock that advances only when a function returned by `replay` is called."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -100,8 +100,8 @@ def race(pytestconfig: pytest.Config) -> Callable[[str, int], Race]:
 def report(benchmark: Any, race: Callable[[str, int], Race]) -> Callable[[str, int, str, str], None]:
     """Return a function report(op, tokens, direction, provider) that adds the times of one provider to pytest-benchmark.
 
-    If a backend of this library returns incorrect results or raises an error, the test fails. If a different provider does so,
-    or if memory runs out, the test is skipped. In both cases, no times are added.
+    If a backend of this library returns incorrect results or raises an error, the test fails. For all other providers, and if
+    memory runs out, the test is skipped instead. In both cases, no times are added.
     """
 
     def report(op: str, tokens: int, direction: str, provider: str) -> None:

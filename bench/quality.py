@@ -1,11 +1,11 @@
 """Measure how closely linear-cost attention methods approximate softmax attention as the number of slots grows.
 
 The slots are random features, segment or grid landmarks, or pooled agents. The baseline is the mean of v. There are three sets
-of tokens. The first contains q, k and v of a softmax transformer for held-out images of digits (16 x 16 tokens); the script
-trains the transformer first. The other two sets are random fields with a known correlation length, one smooth and one rough (64
-x 64 tokens). The error is |out - exact| / |exact| for one head and image, or for one field. In the figure, lines show medians
-and bands show quartiles. No method is trained to approximate softmax attention. linformer_attention is skipped, because its
-projections are trained parameters, and its error with random projections would say nothing about trained projections.
+of tokens. For the first set, the script trains a softmax transformer on images of digits. The set contains q, k and v for
+held-out images (16 x 16 tokens). The second and third sets are smooth and rough random fields with known correlation lengths
+(64 x 64 tokens). The error is |out - exact| / |exact| for one head and image, or for one field. In the figure, lines show
+medians and bands show quartiles. No method is trained to approximate softmax attention. linformer_attention is skipped, because
+its projections are trained parameters, and its error with random projections would say nothing about trained projections.
 
 examples:
   python -m bench.quality --output docs/quality.png    also writes docs/quality.csv; two minutes on an idle core
@@ -42,7 +42,7 @@ MEAN = "mean of v"
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes of the study: the slot counts to compare, and the numbers of training epochs, images and fields."""
+    """Sizes of the study: the slot counts to compare, and the numbers of epochs, held-out images and random fields."""
 
     slots: tuple[int, ...]
     epochs: int

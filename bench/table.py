@@ -1,7 +1,8 @@
-"""Print the results of `pytest --benchmark` or `vix bench --models` as a table of ratios to the peers or original models.
+"""Print the results of `pytest --benchmark` or `vix bench --models` as a table of ratios to other implementations.
 
-Peers are other packages, or plain PyTorch for operators without such a package. A ratio is the value of this library divided by
-that of the peer or original. A target is an upper limit for a ratio. Ratios above their target are marked as missed.
+The peer of an operator is another package, or plain PyTorch if no package implements the operator. A ratio is the time or
+memory of this library divided by that of the other implementation. A target is an upper limit for a ratio. Ratios above the
+target are marked as missed.
 
 examples:
   pytest --benchmark --benchmark-json run.json
@@ -27,10 +28,10 @@ Row = dict[str, Any]
 
 
 class Budget(NamedTuple):
-    """Targets for the value of this library divided by that of the peer. None means that there is no target.
+    """Upper limits for the ratios to the peer or original, or None for no limit.
 
-    `forward` limits the time of the forward pass, `full` the time of the forward and backward passes together, and `kept` the
-    memory kept for the backward pass.
+    `forward` applies to the time of the forward pass, `full` to the time of the forward and backward passes together, and
+    `kept` to the memory saved for the backward pass.
     """
 
     forward: float | None
@@ -62,7 +63,7 @@ def ratio(ours: Sequence[float], peers: Sequence[float]) -> float:
 
 
 def peer(op: str) -> str:
-    """Return the peer of `op` in the table: the first in PEERS, or "reference" (plain PyTorch) if `op` has no entry there."""
+    """Return the name of the peer of `op`: the first in PEERS, or "reference" (plain PyTorch) if PEERS has none for `op`."""
     return next(iter(PEERS.get(op, ())), "reference")
 
 
@@ -121,13 +122,13 @@ def _with_budget(value: float, budget: float | None) -> str:
 # The models
 
 MODEL_COLUMNS = (
-    "model / original", "training, images/s, both", "training time vs original", "bf16 vs original in fp32",
+    "model / original", "training, images/s: ours / original", "training time vs original", "bf16 vs original in fp32",
     "bf16 vs original in bf16", "inference time vs original", "saved memory vs original", "peak memory vs original",
 )  # fmt: skip
 
 
 def model_budget(name: str) -> Budget:
-    """Return the targets for the time of a training step in float32 and for the memory kept for its backward pass."""
+    """Return the targets for a training step in float32: `full` for the time, `kept` for the memory."""
     return Budget(None, 0.85 if name in ("vil", "hybrid_vil") else 0.7, 0.4)
 
 
@@ -135,7 +136,7 @@ BF16_BUDGET = 0.45  # this library's bf16 time divided by the original's float32
 
 
 def model_lines(rows: Iterable[Row]) -> list[str]:
-    """Return a Markdown table with one line per model: the values of this library divided by those of the original."""
+    """Return a Markdown table with one line per model: the images/s of both implementations, then ratios to the original."""
     found = {(row["model"], row["provider"], row["dtype"], row["direction"]): row for row in rows if row["status"] == "ok"}
 
     def ratio(name: str, figure: str, ours: str, original: str, direction: str = "training") -> float | None:

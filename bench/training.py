@@ -66,7 +66,7 @@ def make(name: str, provider: str) -> nn.Module:
 
 
 def trained(name: str, provider: str, path: str, minutes: float, core: int) -> dict[str, Any]:
-    """Train one model on one core, and return its row of the table."""
+    """Train one model on one core for `minutes`, and return its row of the results table."""
     if hasattr(os, "sched_setaffinity") and core in os.sched_getaffinity(0):
         os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)

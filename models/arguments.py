@@ -74,6 +74,6 @@ def check_name(name: Any, known: Iterable[str], kind: str) -> None:
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """Return a hint with the closest matches for `word`, to append to an error message, or "" if there are none."""
+    """Return a hint for an error message, with the closest matches for `word`, or "" if there are none."""
     match = get_close_matches(word, list(words), n=3)
     return f" (did you mean {' or '.join(map(repr, match))}?)" if match else ""

@@ -103,8 +103,8 @@ class Backbone(nn.Module):
     ) -> None:
         """Adapt the model to images of another size, in place.
 
-        Weights are resampled as in `load_model` with this img_size. Parameters whose shape does not depend on the size stay the
-        same objects. `patch_size` must be None.
+        Resample the weights in the same way as `load_model(..., img_size=img_size)`. Replace only parameters whose shape
+        depends on the image size. `patch_size` must be None.
 
         Raises:
             ValueError: an argument is invalid, `create_model` did not build this model, or a module other than
@@ -118,14 +118,14 @@ class Backbone(nn.Module):
             resize(self, pair("img_size", img_size))
 
     def forward_trunk(self, x: Tensor, levels: int | None = None, outputs: list[Tensor] | None = None) -> Tensor:
-        """Map images to the tokens (B, num_prefix_tokens + patches, width) after the first `levels` levels. None: all levels.
+        """Map images to the tokens (B, num_prefix_tokens + patches, width) after the first `levels` levels.
 
-        If `outputs` is a list, append the tokens after each level to it.
+        If `levels` is None, all levels are computed. If `outputs` is a list, the tokens after each level are appended to it.
         """
         raise NotImplementedError
 
     def levels(self) -> list[Level]:
-        """Return the levels of the model, in the order in which they are computed."""
+        """Return the levels of the model, from the first to the last."""
         return [Level(f"blocks.{layer}", self.embed_dim, self.grid) for layer in range(len(self.blocks))]
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -171,10 +171,10 @@ class Backbone(nn.Module):
         """Return (tokens, features): the result of `forward_features`, and a list of the features of the chosen levels.
 
         Args:
-            indices: indices of levels in `feature_info`. An integer n selects the last n, and None selects all.
-            return_prefix_tokens: return each feature as (feature, prefix tokens) if the model has prefix tokens.
+            indices: indices of levels in `feature_info`. An integer n selects the last n levels, and None selects all levels.
+            return_prefix_tokens: return a pair (feature, prefix tokens) for each level if the model has prefix tokens.
             norm: apply the final norm to the features. In models with stages, the norm applies only to the last stage.
-            stop_early: skip the levels after the last chosen level. The returned tokens are then those of this level.
+            stop_early: skip the levels after the last chosen level. The returned tokens then come from this level.
             output_fmt: "NCHW" for maps (B, C, rows, columns), "NLC" for tokens (B, rows * columns, C).
             intermediates_only: return only the features.
         """
@@ -249,7 +249,7 @@ class Backbone(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return the patterns with which timm groups the parameters by depth, from the stem to the head.
 
-        In models with stages, `coarse` makes each stage one group.
+        If `coarse` is True, each stage of a model with stages is one group.
         """
         blocks = [(r"^blocks\.(\d+)", None), (r"^norm|^attention_pool", (99999,))]
         return dict(stem=r"^(?:cls_token|pos_embed|patch_embed|tokenizer|rope)", blocks=blocks)

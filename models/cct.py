@@ -51,11 +51,11 @@ class CCT(Backbone):
 
     `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
 
-    Fixes relative to the original Vision Xformers models:
+    Changes from the original Vision Xformers models:
 
-    - `mlp_ratio` and `drop_path_rate` take effect. The published configurations set `mlp_radio` and `stochastic_depth`, which
-      the original models ignore.
-    - `num_heads` is respected, and heads can have any width. The original CCP always uses 4 heads, and the original CCN and CCP
+    - `mlp_ratio` and `drop_path_rate` take effect. The published configurations set `mlp_radio` (sic) and `stochastic_depth`,
+      and the original models ignore both.
+    - `num_heads` takes effect, and heads can have any width. The original CCP always uses 4 heads, and the original CCN and CCP
       always use heads of width 32.
     - Images need not be square.
 
@@ -63,10 +63,10 @@ class CCT(Backbone):
         mixer: a function that creates the token mixer of a layer; see models/mixers.py.
         kernel_size: kernel size of the tokenizer's convolutions. Must be odd.
         strides: one stride for each convolution.
-        pool_stride: stride of the pooling after each convolution.
+        pool_stride: stride of the max pooling after each convolution.
         position: "learned" | "rope_1d" | "rope_axial" | "rope_mixed" | "none", as in VisionTransformer.
         global_pool: "seq" = mean of the tokens, weighted by softmax(w^T x) with a learned w; "avg" = mean of the tokens;
-            "max" = maximum of the tokens; "" = no pooling, so there are logits for each token.
+            "max" = maximum of the tokens; "" = no pooling (logits for each token).
         drop_path_rate: stochastic depth rate of the last layer. The rates increase linearly from 0 in the first layer.
 
     For the other arguments, see VisionTransformer.

@@ -46,7 +46,7 @@ class Summary(NamedTuple):
 
 
 def summarize(name: str, **overrides: Any) -> Summary:
-    """Return the size and cost of `create_model(name, **overrides)`, from a forward pass on the meta device."""
+    """Return the size and cost of `create_model(name, **overrides)`, measured in a forward pass on the meta device."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model = create_model(name, **overrides, backend="reference").eval()
         model(torch.empty(1, model.in_chans, *model.img_size))
@@ -108,7 +108,7 @@ def convert(argv: list[str]) -> int:
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:
-    """Read the state_dict from `path`. It may be nested under the key "state_dict" or "model"."""
+    """Return the state_dict from the file `path`, which may store it under the key "state_dict" or "model"."""
     if not path.is_file():
         raise ValueError(f"weights: there is no file {path}")
     try:
@@ -129,5 +129,5 @@ def _read(path: Path) -> Mapping[str, Tensor]:
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):
         raise ValueError(f"weights: expected {path} to contain a state_dict, a dict from names to tensors")
-    # DataParallel adds this prefix to every name.
+    # DataParallel adds the prefix "module." to every name.
     return {key.removeprefix("module."): value for key, value in state.items()}

@@ -24,12 +24,12 @@ class CvT(Pyramid):
 
     `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
 
-    Fixes relative to the original Vision Xformers models:
+    Changes from the original Vision Xformers models:
 
     - The model has the convolutional projection of the CvT paper, which the original models omit.
     - Layer norms add eps inside the square root, so the gradient is finite if all channels are equal.
     - The token map can have any size.
-    - `num_heads` is respected. The original CvN always uses 4 heads.
+    - `num_heads` takes effect. The original CvN always uses 4 heads.
 
     q, k and v share one 3 x 3 depthwise convolution, whereas the paper has a separate convolution for each of them. The shared
     convolution works with every mixer, including mixers without queries. As in the paper, it provides position information, so
@@ -106,7 +106,7 @@ class CvT(Pyramid):
 
 
 class ConvProjection(nn.Module):
-    """A depthwise convolution of the token map and batch normalization, followed by a mixer."""
+    """A depthwise convolution of the token map, followed by batch normalization and a mixer."""
 
     def __init__(self, attention: nn.Module, dim: int, grid: tuple[int, int]) -> None:
         super().__init__()

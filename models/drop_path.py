@@ -17,7 +17,7 @@ class DropPath(nn.Module):
         return x if factors is None else x * factors
 
     def factors(self, x: Tensor) -> Tensor | None:
-        """Return the factor for each sample's branch, (batch, 1, ...), or None if all factors are 1."""
+        """Return a tensor (batch, 1, ...) with the factor for each sample's branch, or None if all factors are 1."""
         if not self.training or self.rate == 0:
             return None
         keep = 1 - self.rate

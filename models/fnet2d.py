@@ -24,7 +24,7 @@ class FNet2D(Backbone):
 
     `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
 
-    Fixes relative to the original Vision Xformers models:
+    Changes from the original Vision Xformers models:
 
     - The transform is scaled to preserve the magnitude of the tokens. Without scaling, the tokens would become hundreds of
       times larger.
@@ -32,7 +32,7 @@ class FNet2D(Backbone):
     - Tokens are normalized before pooling.
 
     Args:
-        backend: "auto" | "torch" | "reference". All use torch.fft, because there is no kernel for this transform.
+        backend: "auto" | "torch" | "reference". All backends use torch.fft, because there is no kernel for this transform.
 
     For the other arguments, see VisionTransformer. The model has no attention and no class token. It does not need a position
     embedding, because the transform depends on the positions.

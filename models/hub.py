@@ -1,4 +1,7 @@
-"""Push models to the Hugging Face Hub, and load them from it. Requires huggingface_hub, which the extra `hub` installs."""
+"""Push models to the Hugging Face Hub, and load models from the Hub.
+
+Requires huggingface_hub, which the extra `hub` installs.
+"""
 
 from __future__ import annotations
 

@@ -47,9 +47,9 @@ class ConvStem(nn.Sequential):
 
 
 def conv_layers(widths: Iterable[int], strides: Iterable[tuple[int, int]], activation: type[nn.Module]) -> list[nn.Module]:
-    """Return convolutions with batch normalization, and activations between them.
+    """Return convolutions, each followed by batch normalization and an activation.
 
-    There is no activation at the end, so the blocks receive normalized values instead of rectified values.
+    There is no activation after the last normalization.
     """
     widths = tuple(widths)
     layers: list[nn.Module] = []
@@ -124,7 +124,7 @@ class Block(nn.Module):
 def run_blocks(
     blocks: Iterable[nn.Module], x: Tensor, rope: nn.Module | None, checkpointing: bool, outputs: list[Tensor] | None = None
 ) -> Tensor:
-    """Return `x` after all blocks. Each block receives the rotary table of its layer.
+    """Apply all blocks to `x`, and return the result. Each block receives the rotary table of its layer.
 
     With `checkpointing`, the backward pass recomputes the blocks. If `outputs` is a list, the output of each block is appended
     to it.

@@ -31,14 +31,14 @@ class LeViT(Pyramid):
 
     `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
 
-    Fixes relative to the original Vision Xformers models, which have no normalization:
+    Changes from the original Vision Xformers models, which have no normalization:
 
     - Batch norm and hardswish are used, as in the LeViT paper.
     - Softmax attention has the attention bias of the paper. `create_model` gives LeViN and LeViP rotary embeddings, because
       their mixers compute no logits to which a bias could be added.
     - Each stage after the first shrinks the token map, and can change the number of channels.
     - The token map can have any size.
-    - `num_heads` is respected. The original LeViN always uses 4 heads.
+    - `num_heads` takes effect. The original LeViN always uses 4 heads.
 
     Args:
         mixer: a function that creates the token mixer of a layer; see models/mixers.py.
@@ -147,7 +147,7 @@ class _Block(Block):
 
 
 class _BiasedAttention(nn.Module):
-    """softmax(scale q k^T + b) v. The bias b is learned for each head and distance (rows, columns) between query and key."""
+    """softmax(scale q k^T + b) v. The bias b is learned for each head and each distance (rows, columns) from query to key."""
 
     def __init__(self, attention: nn.Module, grid: tuple[int, int]) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class _BiasedAttention(nn.Module):
         self.register_buffer("distance", self._distance(None), persistent=False)
 
     def _distance(self, device: torch.device | None) -> Tensor:
-        """Return the index of the bias for each pair of tokens, (tokens, tokens)."""
+        """Return a (tokens, tokens) tensor with the bias index of each pair of tokens."""
         rows, columns = torch.meshgrid(*(torch.arange(side, device=device) for side in self.grid), indexing="ij")
         rows, columns = ((x.flatten()[:, None] - x.flatten()).abs() for x in (rows, columns))
         return rows * self.grid[1] + columns

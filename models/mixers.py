@@ -34,13 +34,13 @@ class Place(NamedTuple):
 
 
 def mixer_options(name: str) -> set[str]:
-    """Return the names of the options of the mixer `name`, except options that its place in the model determines."""
+    """Return the option names of the mixer `name`, except options that the mixer's place in the model determines."""
     check_choice(CORES, mixer=name)
     return set(CORES[name].options()) - CORES[name].sited
 
 
 def make_mixer(name: str, **core_options: Any) -> Mixer:
-    """Return the mixer `name`, whose core has the given options."""
+    """Return the mixer `name`. `core_options` are the options of its core."""
     check_choice(CORES, mixer=name)
     check_counts(**{key: core_options[key] for key in COUNTS if core_options.get(key) is not None})
     core = CORES[name].made("zoo", **core_options)

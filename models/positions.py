@@ -1,7 +1,7 @@
-"""Position encodings for the tokens of a map: learned embeddings and rotary tables.
+"""Position encodings for a grid of tokens: learned embeddings and rotary tables.
 
-Rotary tables encode one-dimensional positions (RoFormer, arXiv:2104.09864), or positions along both axes or in learned
-directions (arXiv:2403.13298).
+Rotary tables encode one-dimensional positions (RoFormer, arXiv:2104.09864), or two-dimensional positions along the axes or
+along learned directions (arXiv:2403.13298).
 """
 
 from __future__ import annotations

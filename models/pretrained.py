@@ -55,8 +55,9 @@ def load_model(folder: str | Path, **overrides: Any) -> nn.Module:
 
     Args:
         overrides: arguments of `create_model` to change. A different img_size resamples position embeddings, token projections
-            and attention biases. A different in_chans sums or repeats the channels of the first convolution. A different
-            num_classes creates a new head. global_pool="seq" creates new pooling weights if the saved model has none.
+            and attention biases. For a different in_chans, the input channels of the first convolution's weight are summed
+            or repeated. A different num_classes creates a new head. global_pool="seq" creates new pooling weights if the saved
+            model has none.
 
     Raises:
         FileNotFoundError: the folder or a file is missing.
@@ -97,7 +98,7 @@ def load_model(folder: str | Path, **overrides: Any) -> nn.Module:
 
 
 def model_card(model: nn.Module) -> str:
-    """Return a model card. Only the fields that follow from the model are filled in."""
+    """Return a model card. Only the fields that can be derived from the model are filled in."""
     config = model.config
     name = config.get("name") or config["original"]
     arguments = ", ".join(f"{key}={value!r}" for key, value in config["arguments"].items())
@@ -162,7 +163,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def _still_true(data: dict[str, Any] | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the description of the training images without the entries that `overrides` invalidate."""
+    """Return `data`, the description of the training images, without the entries that `overrides` invalidate."""
     invalidated = {"num_classes": {"classes"}, "in_chans": {"mean", "std"}}
     changed = set().union(*(invalidated.get(name, set()) for name in overrides))
     return {name: value for name, value in (data or {}).items() if name not in changed}

@@ -74,7 +74,7 @@ def resize(model: Backbone, img_size: tuple[int, int]) -> None:
     """Adapt `model`, created by `create_model`, to images of another size, in place.
 
     Attributes that depend on the image size are copied from a new model of that size, and parameters with a token dimension are
-    resampled. The other parameters, modules and hooks stay the same objects. A head that was replaced is kept.
+    resampled. All other parameters, modules and hooks are kept, including a head that was replaced.
 
     Raises:
         ValueError: `create_model` did not build the model, or a module other than the head has been replaced. The model is

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], what: str, optional: Callable[[str], bool]) -> None:
-    """Load `state` into `model`. If they do not match, raise an error and leave the model unchanged.
+    """Load `state` into `model`. If `state` does not match the model, raise an error and leave the model unchanged.
 
     Args:
         what: description of the model, for the error message.
@@ -26,11 +26,12 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], what: str, optiona
 def mismatch(
     expected: Mapping[str, Tensor], state: Mapping[str, Tensor], optional: Callable[[str], bool], most: int | None = None
 ) -> str:
-    """Return which entries of `state` are missing or unexpected, or have the wrong shape. If there are none, return "".
+    """Return a message that lists missing entries, unexpected entries and wrong shapes in `state`, or "" if there are none.
 
     Args:
+        expected: the state dict of the model.
         optional: a function that returns whether the entry with a given name may be missing.
-        most: the largest number of names to list for each problem. None lists all names.
+        most: maximum number of names to list for each problem. None lists all names.
     """
     problems = {
         "missing": [key for key in expected if key not in state and not optional(key)],

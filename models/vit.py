@@ -26,12 +26,12 @@ class VisionTransformer(Backbone):
 
     `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
 
-    Fixes relative to the original Vision Xformers models:
+    Changes from the original Vision Xformers models:
 
     - The hybrids have normalization and activations between their convolutions. Without these, the convolutions would form a
       single linear map.
     - Patches are not layer-normalized. The vision_xformer package normalizes them, so a one-pixel patch loses its brightness.
-    - `num_heads` is respected. The original ViN and its rotary variants always use 4 heads.
+    - `num_heads` takes effect. The original ViN and its rotary variants always use 4 heads.
     - The size of the position encoding depends on the image size, and rotary models have no unused position embedding.
     - The class token and the position embedding are initialized with a standard deviation of 0.02 instead of 1.
     - Tokens are normalized before pooling.
@@ -46,7 +46,7 @@ class VisionTransformer(Backbone):
             for each layer and head) | "none". The class token is not rotated.
         class_token: whether to prepend a learned token to the patches.
         global_pool: input of the head: "token" = class token; "avg" = mean of the patch tokens; "max" = maximum of the patch
-            tokens; "" = no pooling, so there are logits for each token.
+            tokens; "" = no pooling (logits for each token).
         drop_rate: dropout rate before the head.
         proj_drop_rate: dropout rate after the attention's output projection and in the MLP.
         drop_path_rate: stochastic depth rate of the last layer. The rates increase linearly from 0 in the first layer.

@@ -39,7 +39,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def poisoned():
-    """Fill newly allocated memory with NaN, which reveals elements that a kernel does not write."""
+    """Fill newly allocated memory with NaN, to reveal elements that a kernel does not write."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -47,7 +47,7 @@ def poisoned():
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Return a function that runs `vix train`, checks that it fails with a one-line error, and returns that line."""
+    """Return a function that runs `vix train` and returns the error. The function checks that the error is one line."""
     from vix_kernels.__main__ import main
 
     def refused(*argv: object) -> str:

@@ -1,4 +1,4 @@
-"""A small model to convert, and a conversion that runs in several processes. The processes import this file."""
+"""Models to convert, and functions that call `linearize` in several processes. The processes import this file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def small_model() -> nn.Module:
 
 
 def sharpened(model: nn.Module) -> nn.Module:
-    """Scale up the query and key weights of `model`, so that its attention weights are not uniform. Return `model`."""
+    """Scale up the query, key and packed qkv weights, so that attention is not uniform. Return `model` in eval mode."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("qkv.weight", "q_proj.weight", "k_proj.weight", "in_proj_weight")):
@@ -33,7 +33,10 @@ def batches(*shape: int) -> Callable[[], Iterator[Tensor]]:
 
 
 def convert_and_save(rank: int, world: int, folder: str) -> None:
-    """Convert a model in `world` processes. Save the first step's gradient, and the errors and agreement in the report."""
+    """Convert a model as process `rank` of `world` processes.
+
+    Process 0 saves the first gradient, the errors of the layers and the agreement to {world}.pt in `folder`.
+    """
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world)
     gradients = []
@@ -61,7 +64,7 @@ class TokensFirst(nn.Module):
 
 
 class Trimmed(nn.Module):
-    """A model that removes the padding after the longest sample of a batch."""
+    """A model that trims a batch to the length of its longest sample."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +87,7 @@ REFUSED = {
 
 
 def refuse(rank: int, folder: str) -> None:
-    """In two processes, convert models with batches that `linearize` must refuse. Save the error messages."""
+    """As process `rank` of two, call `linearize` with batches that it must reject. Save the error messages."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     errors = {}

@@ -2,7 +2,7 @@
 
 `python -m tests.golden SOURCE` condenses SOURCE/*.json into golden.json.
 
-No weights are stored. The field "rule" in golden.json describes how weights, inputs and output gradients follow from a seed.
+No weights are stored. The field "rule" in golden.json describes how a seed determines weights, inputs and output gradients.
 Each row in "state" contains the shape, base and scale of a state_dict entry and, for a parameter, the norm of its gradient.
 A "*" in the key of a row represents the layer numbers 0 to layers - 1. Entries that the constructor of the original model
 computes are skipped.
@@ -42,7 +42,7 @@ def condense(source: Path) -> dict[str, Any]:
 
 
 def _rows(state: dict[str, dict[str, Any]], norms: dict[str, float | None]) -> list[dict[str, Any]]:
-    """Merge entries that differ only in their layer number into one row."""
+    """Return the rows of "state". Entries that differ only in the layer number are merged into one row."""
     alike = defaultdict(list)
     for key, entry in state.items():
         if not entry.get("derived"):
@@ -72,8 +72,8 @@ class Golden:
         cotangent: gradient of the logits, of shape (batch, classes). The loss is (logits * cotangent).sum().
         norms: norm of the gradient of each parameter, or None if the parameter has no gradient.
         parameters: number of elements in all trainable parameters.
-        tolerance: absolute tolerance for logits, which is 20 times the original's float32 error, but at least 1e-4 times the
-            largest absolute logit.
+        tolerance: absolute tolerance for logits. It is 20 times the float32 error of the original model, but at least 1e-4
+            times the largest absolute logit.
     """
 
     config: dict[str, Any]

@@ -121,7 +121,7 @@ def run(page: Path) -> int:
         else:
             try:
                 with redirect_stdout(io.StringIO()) as stdout:
-                    # Leading blank lines give the code the line numbers of the page, for tracebacks and `inspect`.
+                    # With the leading blank lines, tracebacks and `inspect` report the line numbers of the page.
                     code = compile("\n" * block.line + block.text, str(page), "exec", dont_inherit=True)
                     exec(code, vars(module))
             except BaseException as error:
@@ -143,7 +143,7 @@ def matches(expected: str, printed: str) -> bool:
 
 
 def _line(error: BaseException, page: Path) -> int | None:
-    """Return the line number in the page at which `error` was raised."""
+    """Return the number of the line in `page` that raised `error`, or None if the traceback contains no line of the page."""
     if isinstance(error, SyntaxError) and error.filename == str(page):
         return error.lineno
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(page)]

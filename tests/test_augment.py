@@ -89,7 +89,7 @@ def test_mixup_and_cutmix_alternate_at_random() -> None:
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("batch", [12, 13])
 def test_ranks_together_see_the_batch_of_a_single_process(world: int, batch: int) -> None:
-    """Each image gets the same changes, and is mixed with the same image, regardless of the rank that processes it."""
+    """Each image gets the same augmentation and the same mixing partner, regardless of the rank that processes it."""
     images, labels = torch.rand(batch, 3, 8, 8), torch.arange(batch) % 5
 
     def augmented(rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,7 +186,7 @@ def test_every_image_gets_a_separate_operation() -> None:
         len({each.numpy().tobytes() for each in changed}) > 120
     )  # some results are equal: of the 14 operations, three have only one outcome each, and posterize has seven
     assert torch.equal(trivial_augment(x, Draws(0, images=200)), changed)
-    assert trivial_augment(x[:, :1], Draws(0, images=200)).shape == (200, 1, 24, 16)  # gray images also work
+    assert trivial_augment(x[:, :1], Draws(0, images=200)).shape == (200, 1, 24, 16)  # grayscale images also work
 
 
 @pytest.mark.parametrize(

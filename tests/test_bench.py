@@ -1,7 +1,7 @@
 """Tests of the benchmarks.
 
-Implementations (providers) that give wrong results, run out of memory or are not installed are not timed. Their rows state the
-reason.
+The benchmarks do not time an implementation (provider) that gives wrong results, runs out of memory or is not installed. The
+row of such an implementation states the reason.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class TestSuite:
             info = row["extra_info"]
             names = {"gbps", "tflops", "roofline", "peak_mib", "device", "torch", "triton", "python", "commit", "error"}
             assert names <= set(info) and info["ours_over_others"]["reference"] > 0
-            assert row["stats"]["median"] == pytest.approx(info["device_ms"] / 1e3)  # pytest-benchmark gets the device time
+            assert row["stats"]["median"] == pytest.approx(info["device_ms"] / 1e3)  # pytest-benchmark records the device time
         assert rows["full"]["extra_info"]["kept_mib"] == 0.25
         assert "| `apply_rope` / rotary-embedding-torch | 1024 |" in done.stdout
 
@@ -302,7 +302,7 @@ def test_models_are_compared_with_their_originals() -> None:
 def test_models_and_originals_have_similar_sizes(name: str) -> None:
     """Parameter counts differ where this library corrects mistakes in the original Vision Xformers models.
 
-    For example, ViL has as many key and value heads as query heads. The original ViL has only one of each.
+    For example, ViL has as many key and value heads as query heads. The original ViL has only one key head and one value head.
     """
     model, original = (models.make(name, provider, {}, "cpu").to("meta") for provider in ("ours", "original"))
     sizes = [sum(parameter.numel() for parameter in each.parameters()) for each in (model, original)]
@@ -311,7 +311,7 @@ def test_models_and_originals_have_similar_sizes(name: str) -> None:
     assert original.eval()(images).shape == model.eval()(images).shape
 
 
-def test_a_subset_of_a_sorted_data_set_has_all_classes() -> None:
+def test_a_subset_of_a_sorted_dataset_has_all_classes() -> None:
     from bench.training import some_of
     from vix_kernels.training.data import HeldImages
 

@@ -1,4 +1,4 @@
-"""Tests of the table of break-even lengths, and of the benchmark that measures it."""
+"""Tests of the table of break-even lengths, and of the benchmark that measures them."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ def test_the_error_names_the_first_non_finite_step(tmp_path: Path, monkeypatch: 
 def test_broken_weights_are_never_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The loss of a step is computed before the weights are updated, so it does not reveal weights that the update breaks."""
+    """The loss of a step is computed before the update, so it can be finite although the updated weights are not."""
     step, steps = Optimizer.step, []
 
     def broken(self: Optimizer, *args: Any) -> None:

@@ -1,4 +1,7 @@
-"""Tests of the compile report, which reads machine code and detects regressions. They need no GPU and no interpreter."""
+"""Tests of the compile report, which reads machine code and detects regressions.
+
+The tests need neither a GPU nor Triton's interpreter.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,10 @@ def attention_kernel(q, k, out, stride, N, D: tl.constexpr, BLOCK: tl.constexpr)
 
 
 def compile_toy(target: str) -> list[offline.CompiledLaunch]:
-    """Compile two launches on aligned rows with different row counts N, and a third on a view with an offset of one element."""
+    """Launch the toy kernel on aligned tensors with N = 1024 and N = 63 rows, and on a view offset by one element.
+
+    Return the compiled launches.
+    """
     x = torch.empty(1024, 64, dtype=torch.bfloat16, device="meta")
     shifted = torch.empty(1024 * 64 + 1, dtype=torch.bfloat16, device="meta")[1:].view(1024, 64)
     meta = {"D": 64, "BLOCK": 64, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
@@ -71,7 +77,7 @@ def compile_performer(target: str) -> list[offline.CompiledLaunch]:
 
 
 def shared_both_ways(target: str) -> list[int]:
-    """Compile the toy kernel only until shared memory is allocated, then fully. Return the bytes of shared memory for both."""
+    """Compile the toy kernel only until shared memory is allocated, then fully. Return both shared memory sizes in bytes."""
     x = torch.empty(1024, 64, dtype=torch.bfloat16, device="meta")
     meta = {"D": 64, "BLOCK": 64, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
     arguments = x, x, x, x.stride(0), 1024
@@ -83,7 +89,7 @@ def shared_both_ways(target: str) -> list[int]:
 
 
 def in_subprocess(function: str, target: str) -> list[dict]:
-    """Run a function from this file in a process without Triton's interpreter, and return its result."""
+    """Run a function from this file in a process without Triton's interpreter, and return the result."""
     with compile_report.worker_environment():
         command = [sys.executable, __file__, function, target]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
@@ -167,12 +173,12 @@ def test_torch_launches_are_counted():
     with observed.OnMeta() as torch_kernels:
         x.transpose(0, 1).contiguous().view(4, 6).float().sum(-1, keepdim=True) + torch.zeros(4, 1, device="meta")
         x.contiguous().to(torch.bfloat16).reshape(24)
-    assert torch_kernels.launches == 5  # contiguous, float, sum, zeros and add launch once each
+    assert torch_kernels.launches == 5  # contiguous, float, sum, zeros and add launch one kernel each
 
 
 @pytest.mark.parametrize("arch", TARGETS)
 def test_every_launch_fits_its_shared_memory(arch):
-    """For sm_90, check every entry. For other GPUs, check the entries measured since their kernel or tile last changed."""
+    """For sm_90, check every entry of the launch table. For other GPUs, check only entries with an up-to-date measurement."""
     rows = read_csv(shared_memory.COMMITTED, shared_memory.Row)
     served = shared_memory.entries(arch)
     assert {(entry.bits, entry.width) for entry in served} == set(product((16, 32), (16, 32, 64, 128, 256)))

@@ -1,6 +1,7 @@
 """Tests of _triton/compiled.py, which launches compiled kernels. Triton's launcher calls a stub of the CUDA driver.
 
-The table of launches is `compiled.known`. A launch that matches an entry bypasses Triton's inspection of the arguments.
+`compiled.known` contains the compiled kernels of earlier launches. A launch that matches an entry bypasses Triton's inspection
+of the arguments.
 """
 
 import gc
@@ -23,7 +24,7 @@ PUBLIC = [name for name, spec in SPECS.items() if spec.public]
 
 
 def in_process(check: str) -> None:
-    """Run a function of this module in a process in which Triton finds only the stub driver."""
+    """Run a function from this module in a process in which Triton finds only the stub driver."""
     with host_time.stub_environment() as (environment, stub):
         if not stub:
             pytest.skip("there is no C compiler for the stub driver")
@@ -101,7 +102,7 @@ def check_arguments() -> None:
 
 
 def check_replays() -> None:
-    """A replayed call launches the same kernels with the same arguments, except for the addresses of its tensors."""
+    """A replayed call launches the same kernels with the same arguments, except for tensor addresses."""
     from triton import knobs
     from triton.runtime.driver import driver
 
@@ -151,7 +152,7 @@ def broadcast(q: Tensor, scale: float = 0.5) -> None:
 
 
 def check_keys() -> None:
-    """A new alignment, dtype, size, scalar value or scalar type adds an entry to the table. New tensor values do not."""
+    """A new alignment, dtype, size, scalar value or scalar type adds an entry to `compiled.known`. New tensor values do not."""
     from vix_kernels._triton import compiled
 
     def entries(q: Tensor, scale: float = 0.5) -> int:
@@ -200,7 +201,7 @@ def launched(q: Tensor) -> tuple:
 def check_knobs() -> None:
     """Triton handles all launches while debugging or instrumentation is enabled or a hook is set.
 
-    If a hook makes Triton skip a compilation, no entry is added to the table of launches.
+    If a hook makes Triton skip the compilation, nothing is added to `compiled.known`.
     """
     from triton import knobs
 
@@ -246,7 +247,7 @@ def check_hooks() -> None:
 
 
 def check_size() -> None:
-    """The table never has more than MOST entries."""
+    """`compiled.known` never has more than MOST entries."""
     from vix_kernels._triton import compiled
 
     compiled.MOST = 3
@@ -257,7 +258,7 @@ def check_size() -> None:
 
 
 def check_threads() -> None:
-    """Launches from several threads raise no errors, even while the table overflows."""
+    """Launches from several threads raise no errors, even while `compiled.known` overflows."""
     from vix_kernels._triton import compiled
 
     compiled.MOST = 2
@@ -281,7 +282,7 @@ def check_threads() -> None:
 
 
 def check_unloading() -> None:
-    """A kernel stays loaded while it is in the table, even if it is no longer in Triton's cache."""
+    """A kernel stays loaded while it is in `compiled.known`, even if it is no longer in Triton's cache."""
     from vix_kernels._triton import compiled
 
     with recorded(), torch.no_grad():

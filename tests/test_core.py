@@ -120,7 +120,7 @@ def test_a_registered_core_works_everywhere(use: str, late: bool, tmp_path: Path
 
 
 def test_a_core_with_parameters_is_a_child_module_of_its_host(tmp_path: Path) -> None:
-    """The host module holds the core's parameters in its child `vix`. If no module can hold them, an error names the core."""
+    """The host module's child `vix` holds the core's parameters. If no module can hold them, an error names the core."""
     pytest.importorskip("timm")
     (tmp_path / "learned.py").write_text(LEARNED)
     code = """
@@ -177,7 +177,7 @@ replace_mha(encoder, "nystrom", retrain=True, num_landmarks=2, residual_conv_ker
 assert all(x.is_meta for x in encoder.parameters())
 
 for make in (replace_sdpa, lambda *args, **options: DropIn(*args, **options)(x, x, x)):
-    with pytest.raises(ValueError, match="op: expected an attention without parameters, got Learned"):
+    with pytest.raises(ValueError, match="op: expected attention without parameters, got Learned"):
         make("learned", retrain=True)
 """
     path = [str(tmp_path), str(Path(__file__).parent)]
@@ -219,7 +219,7 @@ def test_operator_names_are_unique() -> None:
 
 
 def test_fixed_tensors_get_gradients_only_if_features_are_learned() -> None:
-    """The tensors that a specification lists in `fixed` get gradients only in cases with learned=True."""
+    """The tensors that a specification lists in `fixed` receive gradients only in cases with learned=True."""
     spec = replace(SPECS["performer_attention"], fixed=("v",))
     for learned, trained in ((False, {"q", "k", "projection"}), (True, {"q", "k", "v", "projection"})):
         problem = draw(spec, Case("small", learned=learned), torch.float32, "cpu")

@@ -104,7 +104,7 @@ def test_float32_uses_the_faster_of_two_units() -> None:
 
 
 def test_measured_times_are_matched_to_predictions(tmp_path, capsys) -> None:
-    """A prediction is compared only with the newest measured time of Triton kernels for the same GPU, shape and direction."""
+    """A prediction is compared only with the newest measurement of Triton kernels for the same GPU, shape and direction."""
     first = asdict(next(roofline.rows(["apply_rope"], [H100], ["bf16"])))
     line = {name: first[name] for name in KEY} | dict(device="NVIDIA H100 80GB HBM3", provider="triton", device_ms="")
     for run, milliseconds in (("2026-01-02-aaa", 0.25), ("2026-01-03-bbb", 0.5)):
@@ -137,7 +137,7 @@ def test_the_table_is_labeled_as_a_prediction(capsys) -> None:
 
 
 class TestTune:
-    """Tests of tuning in the interpreter, where times are meaningless but results are correct."""
+    """Tests of tuning in Triton's interpreter, where times are meaningless but results are correct."""
 
     KEY = ("aggregate_forward", 32, 16)
 
@@ -205,7 +205,7 @@ class TestTune:
 
 
 def tune_time(tune):
-    """Simulate a GPU on which tiles with more tokens are faster."""
+    """Return a simulated time. Tiles with more tokens are faster."""
     from vix_kernels.measure.timing import DeviceTime
 
     tokens = tune.present_tile("interpreter", TestTune.KEY).tokens

@@ -1,4 +1,4 @@
-"""Tests of the instruction counts in the compile report, and of the predictions based on them. They need no GPU."""
+"""Tests of the instruction counts in the compile report, and of the predictions based on them. The tests need no GPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ H100 = next(gpu for gpu in GPUS if gpu.name == "H100")
 
 
 def flash_rows() -> list[dict]:
-    """Compile the flash-attention kernel without and with a causal mask. Return a compile-report row, as a dict, for each."""
+    """Compile the flash-attention kernel without and with a causal mask. Return both rows of the compile report as dicts."""
     found = []
     for causal in (False, True):
         with observed.observed("sm_90") as launches:
@@ -37,10 +37,10 @@ def flash_rows() -> list[dict]:
     return found
 
 
-def keys() -> list[str]:
-    """Return the keys (`Launch.key`) of the launches of three calls, without compiling them.
+def keys() -> list[list[str]]:
+    """Return the keys (`Launch.key`) of all launches in each of three calls, without compiling the kernels.
 
-    Compared with the first call, the second has a different length, and the third a different head width.
+    The second call has a different length than the first, and the third has a different head width.
     """
     found = []
     for tokens, width in ((1024, 64), (777, 64), (1024, 32)):
@@ -55,7 +55,7 @@ def factors() -> list[float]:
 
 
 def in_subprocess(function: str) -> list:
-    """Run a function from this file in a process without Triton's interpreter, and return its result."""
+    """Run a function from this file in a process without Triton's interpreter, and return the result."""
     with compile_report.worker_environment():
         command = [sys.executable, __file__, function]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
@@ -177,9 +177,9 @@ def test_loops_are_found_in_machine_code():
 
 
 def test_guarded_call_is_a_branch():
-    """Machine code may branch with a guarded call that never returns.
+    """A predicated CALL is parsed as a branch, because it never returns.
 
-    A call to a subroutine, such as a division, has no guard.
+    Calls to subroutines, such as the one for division, have no predicate.
     """
     assert parse("0040", "@P2 ", "CALL.REL.NOINC", " 0x80").target == 0x80
     assert parse("0040", "", "CALL.REL.NOINC", " 0x80").target is None

@@ -29,7 +29,7 @@ TINY_WORDS = ["embed_dim=16", "depth=1", "num_heads=2"]
 
 
 def pictures() -> list[Image.Image]:
-    """Return 48 images of 16 x 16 pixels with stripes in two colors. The last image is gray.
+    """Return 48 images of 16 x 16 pixels with stripes in two colors. The last image is grayscale.
 
     The stripes are horizontal, vertical and diagonal in turn.
     """
@@ -117,7 +117,7 @@ def test_a_constant_channel_has_deviation_1(max_value: int) -> None:
 
 @pytest.mark.parametrize("size, limit", [((24, 24), 2), ((8, 8), 2), ((12, 6), 2), ((7, 13), 20)])
 def test_packs_are_resized_like_folders(pack: Path, tmp_path: Path, size: tuple[int, int], limit: int) -> None:
-    """Pixel values differ by rounding, and by more if the size of the center crop is not a whole number of pixels."""
+    """Pixel values differ by rounding errors, and by more if the size of the center crop is not a whole number of pixels."""
     data = load_dataset(str(pack), size)
     assert data.train.shape == (3, *size) and data.model_kwargs == {"patch_size": suited_patch_size((3, *size))}
     assert open_dataset(str(pack), size).shape == (3, *size)
@@ -138,7 +138,7 @@ def test_invalid_image_sizes_are_refused(size: object) -> None:
 
 
 def test_a_run_resizes_its_images(tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]) -> None:
-    """Resumed runs and evaluations use the image size of the run."""
+    """Resumed runs and evaluations use the image size of the original run."""
     digits = load_dataset("digits", 12)
     ((pixels, _),) = digits.train.batches([torch.arange(99)])
     assert pixels.shape == (99, 1, 12, 12) and pixels.max() == digits.max_value == 16
@@ -156,7 +156,7 @@ def test_a_run_resizes_its_images(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_a_run_resumes_only_with_its_image_size(tmp_path: Path, refused: Callable[..., str]) -> None:
-    """The image size is checked even for a convolutional network, whose constructor arguments do not contain it."""
+    """The image size is checked even for a convolutional network, whose constructor arguments do not include the size."""
     pytest.importorskip("timm")
     words = ["--model", "timm:resnet18", "--model-kwargs", "layers=(1,1,1,1)", "channels=(8,8,8,8)", "-b", "512"]
     assert main(["train", *words, "--img-size", "16", "--epochs", "1", "--output", str(tmp_path / "run")]) == 0

@@ -380,7 +380,7 @@ def test_pixels_without_a_known_range_are_refused(dtype: type, kind: str, tmp_pa
 
 
 def test_hidden_files_are_ignored(tmp_path: Path) -> None:
-    """On file systems that are not Apple's, macOS writes a metadata file `._NAME` for every file."""
+    """On non-Apple file systems, macOS writes a metadata file `._NAME` for every file."""
     image_folder(tmp_path)
     for path in list(tmp_path.rglob("*.png")):
         path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
@@ -394,7 +394,7 @@ def fifo(path: Path) -> None:
 
 
 def bomb(path: Path) -> None:
-    """Write an intact image slightly above the size at which Pillow warns."""
+    """Write a valid image slightly larger than the size at which Pillow warns."""
     Image.new("1", (9_500, 9_500)).save(path)
 
 
@@ -459,7 +459,10 @@ def test_settings_are_checked_before_images_are_decoded(
 
 @pytest.fixture(scope="module")
 def two_epochs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train for two epochs. Return a folder with the run in `run`, its images in `data`, and different images in `other`."""
+    """Train for two epochs, and return a folder.
+
+    The folder contains the run in `run`, its dataset in `data`, and a dataset with different classes in `other`.
+    """
     folder = tmp_path_factory.mktemp("two_epochs")
     image_folder(folder / "data")
     image_folder(folder / "other").joinpath("train", "dog").rename(folder / "other" / "train" / "cow")

@@ -1,5 +1,7 @@
 """Tests of the diffusers integration on a diffusion transformer and on U-Nets."""
 
+import copy
+
 import pytest
 import torch
 
@@ -35,7 +37,8 @@ def test_a_saved_model_gives_the_same_outputs(op, tmp_path):
     model, inputs = dit()
     integration.replace_attention(model, op, retrain=True)
     model.save_pretrained(tmp_path)
-    again = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path).eval()
+    # The weights in the file are not aligned. On some CPUs, matrix products with them are rounded differently, so copy them.
+    again = copy.deepcopy(diffusers.DiTTransformer2DModel.from_pretrained(tmp_path)).eval()
     assert not torch.equal(again(*inputs).sample, model(*inputs).sample)
     integration.replace_attention(again, op, retrain=True)
     assert torch.equal(again(*inputs).sample, model(*inputs).sample)
@@ -68,7 +71,7 @@ def test_a_unet_with_text_keeps_its_outputs():
 
 @pytest.mark.filterwarnings("error")
 def test_a_unet_without_text_keeps_its_outputs():
-    """The middle block passes the time embedding to its attention layer. Processors get only arguments that they accept."""
+    """The middle block passes the time embedding to its attention layer. Processors receive only arguments that they accept."""
     torch.manual_seed(0)
     model = diffusers.UNet2DModel(
         sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,

@@ -28,7 +28,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"
 
 
 class Fetched(HTMLParser):
-    """Collects the addresses that a browser loads to show a page. Links that a reader clicks are not included."""
+    """Collects the URLs that a browser loads to show a page. Links that a reader clicks are not included."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Fetched(HTMLParser):
 
 
 def imported(style: str) -> list[str]:
-    """Return the addresses that a style sheet loads."""
+    """Return the URLs that a style sheet loads."""
     return re.findall(r"""(?:url\(|@import(?!\s*url))\s*['"]?([^'")\s]+)""", style)
 
 
@@ -116,7 +116,7 @@ def test_quality_table() -> None:
 
 
 def test_table_of_lengths() -> None:
-    """Test that docs/choosing.md has the ratios in the committed CSV, and the lengths from which ops are faster than SDPA."""
+    """Test that docs/choosing.md matches tokens.csv: the ratios, and the length from which each op is faster than SDPA."""
     text = CHOOSING.read_text(encoding="utf-8")
     (path,) = (RESULTS / "epyc-1-thread").glob("*-78d4b70/tokens.csv")
     sweep = rows(path)

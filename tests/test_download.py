@@ -1,4 +1,4 @@
-"""Tests of datasets selected by name. They are downloaded, checked and unpacked once, and only into the data folder."""
+"""Tests that named datasets are downloaded, checked and unpacked only once, and only into the data folder."""
 
 from __future__ import annotations
 

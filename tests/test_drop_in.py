@@ -257,7 +257,7 @@ class ReadOnly(dict):
 
 
 def test_a_failed_replacement_is_undone():
-    """The second module cannot be adapted. Changes to the first module and its children are undone."""
+    """The second module cannot be adapted. The changes to the first module and to its children are undone."""
     model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(32, 2, 32, batch_first=True), 2)
     model.settings = ReadOnly(depth=2)  # like the configuration of a diffusers model
 

@@ -18,13 +18,13 @@ def test_rate_and_scale_match_p(p: float) -> None:
     dropped = (y == 0).double().mean().item()
     assert abs(dropped - p) < 5 * (p * (1 - p) / x.numel()) ** 0.5 + 2**-17
     assert y.unique().tolist() == pytest.approx([0, 1 / (1 - p)])
-    # Adjacent elements are dropped independently, even if they are derived from the same random number.
+    # Adjacent elements are dropped independently, even if one random number determines several of them.
     for step in (1, 2, 3, 4):
         both = ((y[:, :-step] == 0) & (y[:, step:] == 0)).double().mean().item()
         assert abs(both - p * p) < 5e-3
 
 
-def test_gradients_use_the_mask_of_the_forward() -> None:
+def test_gradients_use_the_mask_of_the_forward_pass() -> None:
     x = torch.randn(7, 5, requires_grad=True)
     y = Dropout(0.5)(x)
     (grad,) = torch.autograd.grad(y.sum(), x)

@@ -1,4 +1,4 @@
-"""Tests specific to exact rows, which are rows of softmax attention, and to attention with learned features.
+"""Tests specific to exact rows (rows of softmax attention), and to attention with learned features.
 
 The tests in test_ops.py cover all operators.
 """
@@ -142,7 +142,7 @@ def test_wrong_features_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ["performer", "feature", "nystrom", "linformer", "agent"])
 def test_exact_prefix_of_a_core(name: str) -> None:
-    """This library's models have no exact rows by default. With exact_prefix, the rows of all prefix tokens are exact."""
+    """By default, models of this library have no exact rows. With exact_prefix, the rows of all prefix tokens are exact."""
     torch.manual_seed(0)
     options = {"nystrom": dict(num_landmarks=4), "agent": dict(num_agents=4)}.get(name, {})
     site = Site(8, 2, grid_size=(3, 4), prefix_tokens=2, num_tokens=14)

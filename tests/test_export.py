@@ -1,4 +1,4 @@
-"""Tests of exported programs: in PyTorch without this library, in onnxruntime, and compiled ahead of time."""
+"""Tests of exported programs: in PyTorch without this library, in ONNX Runtime, and compiled ahead of time."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from vix_kernels.testing import Case, OpSpec
 from vix_kernels.testing.models import small_model
 
 # Exported programs consist of about twelve steps. These compute sums of up to 100 float32 terms in a different order than the
-# operators. BOUND is 84 eps, and the largest error that was measured is 10 eps.
+# operators. BOUND is 84 eps, and the largest measured error is 10 eps.
 BOUND = 1e-5
 HEADS, WIDTH, ROWS, COLUMNS, LONGEST = 2, 16, 4, 9, 64
 
 
 @pytest.fixture(scope="session")
 def onnx() -> None:
-    """Skip tests that write or read ONNX files if the ONNX packages are missing."""
+    """Skip tests that use this fixture if a package for ONNX is missing."""
     for name in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(name, reason=f"{name} is not installed (extra: export)")
 
@@ -72,7 +72,7 @@ def test_every_forward_operator_has_a_reference() -> None:
     assert names == {name for name in registry.operators if not name.endswith("_backward")} - {"angle_gradient"}
 
 
-# Functions. ANY_TOKENS and ON_GRID are each exported as one program, because each export takes seconds.
+# Functions. All functions in a dict are exported as one program, because each export takes seconds.
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -186,7 +186,7 @@ def onnx_session(path: Path) -> Callable[..., list[Tensor]]:
 def test_onnx_functions_give_the_same_results(
     exported: Exported, onnx: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The program that is written as ONNX contains no operators from this library."""
+    """The program that is converted to ONNX contains no operators from this library."""
     written = []
     replaced = export._replaced
     monkeypatch.setattr(export, "_replaced", lambda *args: written.append(replaced(*args)) or written[-1])

@@ -107,7 +107,7 @@ def test_keys_whose_square_overflows_do_not_count_as_masked(size: float, backend
 
 
 def calls(mask: Tensor | None, backend: str) -> dict:
-    """Return each attention op, by name, as a function of q, k and v of shape (2, 2, 12, 16)."""
+    """Return a dict of attention functions by name. Each function takes q, k and v of shape (2, 2, 12, 16)."""
     options = dict(key_padding_mask=mask, backend=backend)
     projection = orthogonal_projection(20, 16, seed=0).to(DEVICE)
     tokens = torch.randn(12, 6, generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -150,7 +150,10 @@ def test_nan_in_padding_reaches_no_gradient(name: str, backend: str) -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("name", ("agent", "performer", "linear_projected"))
 def test_infinity_in_padding_reaches_no_gradient_of_the_slots(name: str, sign: int, backend: str) -> None:
-    """All slots (agents or random features) are positive, so the logits of a -inf token are -inf, or its features are 0."""
+    """Infinite values in masked tokens do not change the gradient of the slots (agents or rows of the projection).
+
+    All slots are positive, so the dot product of such a token and a slot is infinite, not NaN.
+    """
     torch.manual_seed(0)
     q, k, v, slots = (torch.rand(1, 2, tokens, 16, device=DEVICE) for tokens in (12, 12, 12, 5))
     mask = torch.arange(12, device=DEVICE)[None] < 9
@@ -171,7 +174,7 @@ def test_infinity_in_padding_reaches_no_gradient_of_the_slots(name: str, sign: i
 
 
 def test_queries_without_a_feature_of_any_key_stay_finite_in_float16(backend: str) -> None:
-    """If a query shares no feature with any key, its denominator is eps."""
+    """If a query and the keys have no positive feature in common, the denominator of the query's output is eps."""
     q, k = (torch.zeros(1, 1, 16, 16, dtype=torch.float16, device=DEVICE) for _ in range(2))
     q[..., :8], k[..., 8:] = 3, 1
     q[:, :, ::2, 8:] = 1

@@ -19,7 +19,7 @@ every_model = pytest.mark.parametrize("name", PUBLISHED)
 
 
 def build(name: str, **overrides: object) -> nn.Module:
-    """Return a model with several levels. Noise is added to its initial weights."""
+    """Return a model with several levels. Noise is added to the initial weights."""
     arguments = small_model(name, **overrides)
     if name.startswith("le"):
         arguments |= {"stages": 2, "embed_dim": (16, 24), "depth": (1, 2)}
@@ -112,7 +112,7 @@ def test_pooling(name: str) -> None:
 @pytest.mark.parametrize("position", ["learned", "rope_axial", "rope_mixed"])
 @one_of_each_family
 def test_the_input_size_changes_in_place(name: str, position: str, tmp_path: Path) -> None:
-    """The result equals the model that `load_model` builds for this size."""
+    """After `set_input_size`, the outputs equal those of the model that `load_model` builds for the same size."""
     model = build(name, **{"position": position} if name != "fnet_2d" else {})
     save_model(model, tmp_path)
     expected, x = load_model(tmp_path, img_size=(12, 8)), images(2, 3, 12, 8)

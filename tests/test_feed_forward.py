@@ -20,7 +20,7 @@ from vix_kernels.testing import kept_for_backward
 
 
 class PlainMlp(Mlp):
-    """A subclass of Mlp. Only Mlp itself is tiled."""
+    """A subclass of Mlp. `feed_forward` processes tokens in tiles only for Mlp itself."""
 
 
 def half(norm: type = nn.LayerNorm, activation: type = nn.GELU, mlp: type = Mlp) -> nn.ModuleDict:
@@ -42,7 +42,10 @@ def tokens(dtype: torch.dtype = torch.float32) -> Tensor:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list:
-    """Record the tiled calls. Tiles have 4 tokens per thread. With one thread, the last of six tiles has one token."""
+    """Return a list that records the arguments of each call to the tiled feed-forward primitive.
+
+    Tiles have 4 tokens per thread. With one thread, the last of six tiles has one token.
+    """
     monkeypatch.setattr(tiled, "TOKENS_PER_THREAD", 4)
     monkeypatch.setattr(module, "MANY_CPU", 0)
     calls, run = [], primitive.feed_forward

@@ -1,4 +1,4 @@
-"""Tests of `vix train` with trained weights, with timm models, and with a teacher."""
+"""Tests of `vix train` with pretrained weights, with timm models, and with a teacher."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def tiny(**options: object) -> nn.Module:
 
 
 def test_a_run_continues_from_its_weights_with_another_attention(run: Path, tmp_path: Path) -> None:
-    """With a learning rate near 0, the weights remain those of the first run. Performer's random features are new."""
+    """With a learning rate near 0, the weights stay equal to those of the first run. Performer's random features are new."""
     train("--model", "hybrid_vip", *TINY[2:], "--initial-checkpoint", run, "--lr", "1e-30", "--output", tmp_path / "new")
     old, new = (load_checkpoint(folder)["model"] for folder in (run / "best.pt", tmp_path / "new"))
     same = [name for name in old if name in new and "running" not in name and "tracked" not in name]
@@ -227,9 +227,9 @@ DISTILLED = ("--model", "timm:deit_tiny_distilled_patch16_224", "--model-kwargs"
 
 
 def test_teachers_with_two_heads(refused: Callable[..., str], tmp_path: Path) -> None:
-    """A student with two heads is trained to match the inputs of both of the teacher's heads.
+    """A student with two classifier heads learns to match the inputs of both heads of the teacher.
 
-    A student with one head is refused.
+    A student with one head is rejected.
     """
     pytest.importorskip("timm")
     train(*DISTILLED, "num_heads=2", "--output", tmp_path / "teacher")

@@ -59,7 +59,7 @@ def turn_kernel(index, cos, sin, length, BLOCK: tl.constexpr):
 
 @pytest.mark.parametrize("length", [1, 2, 3, 8, 4096, 100_003])
 def test_cosines_and_sines_are_exact_for_any_length(length: int) -> None:
-    """Errors are at most one unit in the last place of 1, because angles are computed exactly as fractions of a full turn."""
+    """Errors are at most eps, because the range reduction of the angles uses integers and is exact."""
     index = torch.arange(length, dtype=torch.int32, device=DEVICE)
     cos, sin = torch.empty(2, length, device=DEVICE).unbind()
     turn_kernel[(triton.cdiv(length, 4096),)](index, cos, sin, length, BLOCK=4096)
@@ -70,7 +70,7 @@ def test_cosines_and_sines_are_exact_for_any_length(length: int) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_float16_overflows_only_where_the_result_does(backend: str) -> None:
-    """Cover the zero frequency of tokens whose mean is not 0, and intermediate sums near the largest float16 number."""
+    """Test the zero frequency of tokens whose mean is not 0, and intermediate sums near the largest float16 number."""
     x = draw(2, 64, 48, dtype=torch.float16) + 30
     assert torch.isinf(fourier_mixing(x, backend=backend)).nonzero().tolist() == [[0, 0, 0], [1, 0, 0]]
     assert fourier_mixing(x, norm="ortho", backend=backend).isfinite().all()

@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
-    """Return a function that runs `vix linearize`, checks that it fails with a one-line error, and returns that line."""
+    """Return a function that runs `vix linearize` and returns the error. The function checks that the error is one line."""
 
     def refused(*argv: object) -> str:
         capsys.readouterr()
@@ -86,10 +86,10 @@ def test_damaged_weights_of_a_folder_are_refused(folder: Path) -> None:
 
 
 def test_class_names_of_a_folder_are_kept(tmp_path: Path) -> None:
-    """Names are kept, in the order of the outputs, if the dataset has a different number of classes.
+    """The model's class names are kept, in the order of the outputs, if the dataset has a different number of classes.
 
-    With the same number of classes, the dataset's names replace default names (LABEL_0, ...) and names that all differ from
-    the dataset's names.
+    If the numbers are equal, the dataset's names replace default names (LABEL_0, ...). They also replace the model's names if
+    none of the model's names is a class name in the dataset.
     """
     pytest.importorskip("sklearn", reason="the digits are from scikit-learn")
     options = ("--dataset", "digits", "--steps", "2", "--images", "16", "--eval-images", "16", "--no-progress")

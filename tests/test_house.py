@@ -122,7 +122,7 @@ SOURCE = re.compile(r"arXiv|et al\.")
 def test_public_functions_document_their_contract(name: str) -> None:
     """The docstring documents every argument, the shapes, the result and errors.
 
-    The function or module docstring cites a source.
+    The docstring of the function or of the module cites a source.
     """
     function = getattr(vix_kernels, name)
     text = inspect.getdoc(function)
@@ -169,7 +169,7 @@ def test_functions_above_the_kernels_take_few_arguments() -> None:
 
 
 def test_a_call_goes_through_few_files() -> None:
-    """docs/kernels.md lists the files. A kernel launch is six function calls deep, or seven with gradients."""
+    """docs/kernels.md lists these files. A kernel launch is six function calls deep, or seven with gradients."""
     pytest.importorskip("triton", reason="kernels are launched with Triton, which is not installed here")
     package = str(ROOT / "vix_kernels")
     files, depths = set(), {}

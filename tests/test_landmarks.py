@@ -147,7 +147,7 @@ def test_learned_angles_get_gradients_from_q_and_k(backend: str) -> None:
 def test_backward_adds_parts_and_other_gradients(backend: str, dtype: torch.dtype) -> None:
     """As in an attention op, the gradient of each landmark is a sum of two parts, whose dtypes may differ.
 
-    Further gradients of q and k, which do not come from landmarks, are added.
+    Gradients of q and k that do not flow through the landmarks are added to the result.
     """
     q, k = tokens(2, 2, 19, 16, dtype=dtype), tokens(2, 2, 30, 16, dtype=dtype)
     dq_other, dk_other = tokens(2, 19, 2, 16, dtype=dtype).transpose(1, 2), tokens(2, 2, 30, 16, dtype=dtype)

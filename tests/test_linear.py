@@ -24,7 +24,7 @@ def error(x, truth) -> float:
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("feature_map", ["relu", "elu"])
 def test_equals_the_paper(backend: str, feature_map: str) -> None:
-    """Compare the output with equations 4 and 5 in the paper, which use sums, not means."""
+    """Compare the output with equations 4 and 5 of arXiv 2006.16236, with eps added to the denominator."""
     q, k, v = (torch.randn(2, 3, 21, 16, device=DEVICE) for _ in range(3))
     phi = torch.relu if feature_map == "relu" else lambda x: torch.nn.functional.elu(x) + 1
     phi_q, phi_k = phi(q.double()), phi(k.double())
@@ -60,7 +60,7 @@ def test_nearly_empty_channels_stay_accurate(backend: str, dtype: torch.dtype) -
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size, tokens", [(400.0, 16), (1.0, 3000)])
 def test_means_stay_in_range_where_sums_do_not(backend: str, size: float, tokens: int) -> None:
-    """In this test, products of features and values, summed over all keys, overflow float16."""
+    """The sum of features times values over all keys overflows float16, but the output does not."""
     q = k = v = torch.full((1, 1, tokens, 16), size, device=DEVICE, dtype=torch.float16) * 40 ** (size == 1)
     out = linear_attention(q, k, v, backend=backend)
     torch.testing.assert_close(out, v)
@@ -69,13 +69,13 @@ def test_means_stay_in_range_where_sums_do_not(backend: str, size: float, tokens
 @pytest.mark.parametrize("feature_map", ["relu", "elu"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_mean_of_values_does_not_degrade_query_gradients(backend: str, feature_map: str) -> None:
-    """dq depends on <dout, values> minus its mean. Plain PyTorch rounds before the subtraction, so its error is 20% or more."""
+    """dq depends on <dout, values> minus a mean. The error of plain PyTorch is at least 20%, because it rounds both terms."""
     torch.manual_seed(0)
     q, k, v, dout = (torch.randn(1, 2, 100, 16, device=DEVICE).bfloat16() for _ in range(4))
     leaves = [x.requires_grad_() for x in (q, k, v + 5)]
     out = linear_attention(*leaves, feature_map=feature_map, backend=backend)
     dq = torch.autograd.grad(out, leaves, dout)[0]
-    # The kernels compute the means from rounded features, so their error is larger.
+    # The kernels compute the means from rounded features, so the error of dq is larger.
     assert error(dq, exact(leaves, dout, feature_map=feature_map)[1][0]) < (0.01 if backend == "torch" else 0.05)
 
 

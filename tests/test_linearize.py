@@ -68,7 +68,7 @@ def output(model: nn.Module, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_features_are_fitted_in_every_host(name: str, tmp_path: Path) -> None:
-    """Fitting decreases the error and changes no other weights. A saved and loaded model gives bit-identical outputs."""
+    """Fitting the features decreases the error and keeps the original weights. A loaded model gives bit-identical outputs."""
     model, batches = make(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     exact = {"exact_prefix": True}
@@ -161,7 +161,7 @@ def test_layers_with_a_large_error_keep_softmax(name: str) -> None:
 
 
 def test_a_part_of_a_model_keeps_softmax() -> None:
-    """All layers of the vision model keep softmax, so new models from its configuration have softmax attention, too."""
+    """All layers of the vision model keep softmax attention, also in a new model that is created from the configuration."""
     sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
     text = sizes | dict(vocab_size=50, bos_token_id=0, eos_token_id=1, max_position_embeddings=12)
     config = transformers.SiglipConfig(text_config=text, vision_config=sizes | dict(image_size=32, patch_size=8))
@@ -184,7 +184,7 @@ def test_a_part_of_a_model_keeps_softmax() -> None:
 
 @pytest.mark.parametrize("name", ["vix_kernels", "timm"])
 def test_landmarks_are_calibrated_without_training(name: str) -> None:
-    """Each layer gets the smallest number of landmarks within the error budget, on the grid or in segments."""
+    """Each layer gets the smallest number of landmarks (grid cells or segments) that keeps its error within `max_error`."""
     model, batches = make(name)
     report = linearize(model, batches, op="nystrom", max_error=0.5, progress=False)
     assert report.steps == 0 and all(each.after <= 0.5 for each in report.layers.values())
@@ -278,7 +278,7 @@ def test_results_are_reproducible() -> None:
 
 @pytest.mark.parametrize("stop", [0, 3, 7, 11])
 def test_a_resumed_conversion_is_bit_identical(stop: int, tmp_path: Path, monkeypatch) -> None:
-    """After an interruption in either stage, the weights and the report equal those of an uninterrupted conversion."""
+    """Interrupt the training of the features or the fine-tuning. The results equal those of an uninterrupted conversion."""
     monkeypatch.setattr(state, "INTERVAL", 2)
     settings = dict(num_features=8, steps=6, finetune_steps=6, finetune_lr=1e-3, progress=False)
     model, batches = make("vix_kernels")
@@ -380,7 +380,7 @@ def test_under_autocast_and_in_bfloat16() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_tensors_of_inference_mode(name: str) -> None:
-    """Weights created in inference mode are converted, but cannot be trained.
+    """A model whose weights were created in inference mode can be converted, but not fine-tuned.
 
     Batches created in inference mode can be used in all stages.
     """
@@ -410,7 +410,7 @@ def test_a_converted_model_compiles() -> None:
 
 @pytest.mark.parametrize(("name", "op"), [("timm", "nystrom"), ("transformers", "feature")])
 def test_a_saved_model_is_exported_to_onnx(name: str, op: str, tmp_path: Path) -> None:
-    """onnxruntime computes the logits of the converted model, for a batch size other than that of the export."""
+    """ONNX Runtime reproduces the logits of the converted model at a batch size other than that of the export."""
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package, reason=f"{package} is not installed (extra: export)")
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -583,9 +583,9 @@ def test_values_that_are_not_finite_are_refused() -> None:
 
 
 def test_the_state_of_the_caller_is_kept() -> None:
-    """Gradients and training modes do not change, even if the caller disables gradients.
+    """`linearize` does not change `.grad` or the training modes, even under torch.no_grad().
 
-    The caller can still remove its hooks.
+    Hooks that the caller registered earlier can still be removed.
     """
     model, batches = make("timm")
     model.train()
@@ -646,7 +646,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 def test_batches_that_processes_cannot_divide_are_refused(tmp_path: Path) -> None:
     """All processes raise the error, and the model keeps its softmax attention.
 
-    The processes may get samples with different numbers of tokens.
+    Samples with different numbers of tokens in the processes are not an error.
     """
     multiprocessing.spawn(converting.refuse, (str(tmp_path),), nprocs=2)
     errors = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]

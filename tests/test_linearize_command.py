@@ -1,4 +1,4 @@
-"""Tests of `vix linearize`: its output folder, interruptions, and refused options."""
+"""Tests of `vix linearize`: the output folder, interruptions, and rejected options."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, words: list[str], after: int) -> int:
-    """Run the command, interrupt it after the given number of steps, and return its exit code."""
+    """Run the command, interrupt it after the given number of steps, and return the exit code."""
     written, steps = state.Progress.after_step, []
 
     def after_step(self: state.Progress, *arguments: Any) -> None:
@@ -64,7 +64,7 @@ def test_an_interrupted_command_continues(
     assert "batches: expected the same batches as before the interruption, got others" in error
     assert main(command) == 0
     assert (out / "model.safetensors").read_bytes() == expected and not (out / state.PROGRESS).exists()
-    assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # all can be read by the same users
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # all files have the same permissions
     (out / ".linearize.pt.1.tmp").write_text("")  # from a process that was killed
     assert interrupt(monkeypatch, [*command, "--overwrite"], after=1) == 130  # before the first checkpoint
     assert not (out / ".linearize.pt.1.tmp").exists()

@@ -35,7 +35,10 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_the_study(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Train with 17 tokens, fine-tune with 65 on some of the images, run the study, and rerun it with two slot counts."""
+    """Train a model with 17 tokens, and fine-tune it with 65 tokens on some of the images.
+
+    Run the study on the fine-tuned model, and rerun it with two numbers of slots.
+    """
     short, long, images, output = (tmp_path / name for name in ("short", "long", "images", "study"))
     train = ["train", "--model", "hybrid_vit", *TINY]
     assert vix([*train, "--dataset", str(data), "--output", str(short)]) == 0
@@ -92,7 +95,7 @@ def test_times_of_a_timm_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [type(block.attn) for block in without[0].blocks] == [linearize_time.NoAttention]
 
 
-def test_more_images_than_the_data_set_has_are_refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_more_images_than_the_dataset_has_are_refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         image_folder.main(["--dataset", str(data), "--output", str(tmp_path / "images"), "--train", "17", "--test", "1"])
     message = "bench.image_folder: error: --train: expected at most the 16 images of the dataset, got 17\n"

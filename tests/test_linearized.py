@@ -1,4 +1,4 @@
-"""Tests of the folders that save_linearized writes: restoring models from them, and refusing changed or damaged files."""
+"""Tests of load_linearized on folders from save_linearized, and of errors for changed or damaged files."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_arguments_of_timm_models_are_saved(arguments: dict[str, Any], tmp_path:
 
 
 def test_a_model_that_cannot_be_created_is_reported(tmp_path: Path) -> None:
-    """`reason_against_creating` returns the same reason before and after the replacement.
+    """`reason_against_creating` returns the same reason before and after the attention is replaced.
 
     It returns an empty string for models with nn.MultiheadAttention, although load_linearized never creates them.
     """
@@ -160,7 +160,7 @@ def test_models_that_can_be_created_are_not_reported(build: Callable[[], nn.Modu
 
 
 def test_an_interrupted_call_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interrupt a call before it replaces its first file, and another call before it replaces its second file."""
+    """Interrupt one call before it writes the first file, and another call before it writes the second file."""
     model, replace, calls = replaced(layer()), os.replace, []
     for last in (0, 1):
         folder = tmp_path / str(last)

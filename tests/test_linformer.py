@@ -14,7 +14,7 @@ from vix_kernels.testing import SPECS, Case
 
 
 def problem(*sizes: int, slots: int = 12) -> list[Tensor]:
-    """Return q, k, v of shape (batch, heads, tokens, width) and both projections. All require gradients."""
+    """Return q, k and v of shape (batch, heads, tokens, width), and both projections. All tensors require gradients."""
     torch.manual_seed(0)
     qkv = [torch.randn(sizes, device=DEVICE) for _ in range(3)]
     projections = [(torch.rand(sizes[2], slots, device=DEVICE) * 2 - 1) * slots**-0.5 for _ in range(2)]
@@ -26,7 +26,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 
 def peer_module(share_kv: bool, tokens: int = 20):
-    """Return `LinformerAttention` and the linformer package's module with equal weights, 12 slots and up to `tokens` tokens."""
+    """Return a `LinformerAttention` and a linformer module with equal weights and 12 slots, for up to `tokens` tokens."""
     package = pytest.importorskip("linformer", reason="linformer is not installed (extra: test)")
     torch.manual_seed(0)
     peer = package.LinformerSelfAttention(48, tokens, k=12, heads=3, share_kv=share_kv).to(DEVICE)
@@ -45,7 +45,7 @@ def peer_module(share_kv: bool, tokens: int = 20):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("queries", [20, 9])
 def test_equals_linformer(backend: str, queries: int) -> None:
-    """Compare outputs and gradients with linformer, whose linear maps are replaced with identities, so values equal keys."""
+    """Compare outputs and gradients with the linformer package. Its linear layers are identities, so keys equal values."""
     _, peer = peer_module(share_kv=False)
     peer.to_q = peer.to_k = peer.to_v = peer.to_out = torch.nn.Identity()
     x, context = (torch.randn(2, n, 48, device=DEVICE, requires_grad=True) for n in (queries, 17))
@@ -75,7 +75,7 @@ def test_module_equals_linformer_module(share_kv: bool, tokens: int) -> None:
     close(de, peer_de)
     parts = dqkv.chunk(3)
     close(parts[0], dq)
-    if share_kv:  # keys and values share one map
+    if share_kv:  # keys and values share one linear layer
         close(parts[1] + parts[2], dk)
     else:
         for a, b in zip((*parts[1:], *df), (dk, *dv), strict=True):
@@ -107,7 +107,7 @@ def test_one_projection_serves_keys_and_values(backend: str) -> None:
 @pytest.mark.parametrize("share_kv", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 def test_reassociation_changes_nothing(share_kv: bool, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compare the module's default path, which never computes a key for each token, with the path that does.
+    """By default, the module does not compute a key for each token. Compare the results with and without this optimization.
 
     In the masked case, one sample is fully masked.
     """
@@ -156,7 +156,7 @@ def test_masked_agents_have_no_influence(backend: str) -> None:
 @NO_TRITON
 @pytest.mark.skipif(DEVICE != "cpu", reason="traffic is counted in the interpreter")
 def test_forward_traffic_is_near_the_minimum() -> None:
-    """Measure the traffic for sm_90, including partial sums of chunks. More slots or wider heads result in fewer chunks."""
+    """Measure the traffic for sm_90, including partial sums of chunks."""
     from vix_kernels.measure.traffic import measure
 
     spec = SPECS["linformer_attention"]

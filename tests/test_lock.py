@@ -26,7 +26,7 @@ def names(folder: Path) -> set[str]:
 
 
 def test_a_second_run_in_a_folder_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
-    """The second run fails before it deletes or writes files, because the first run may still be writing a temporary file."""
+    """The second run must fail before it deletes or writes files. The first run may still be writing a temporary file."""
     for name in ("new", "old"):
         (tmp_path / name).mkdir()
     save_checkpoint(tmp_path / "old" / "last.pt", numbered(1), Ranks())

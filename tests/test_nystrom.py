@@ -22,7 +22,7 @@ def tokens(count: int, *, spread: float = 1.0, seed: int = 0) -> list[Tensor]:
 
 
 def peer(num_landmarks: int, **options) -> nn.Module:
-    """Return the module from nystrom-attention with its linear maps removed. Its input is the concatenation of q, k and v."""
+    """Return nystrom-attention's module without its linear layers. The input is the concatenation of q, k and v."""
     package = pytest.importorskip("nystrom_attention", reason="nystrom-attention is not installed (extra: test)")
     module = package.NystromAttention(HEADS * WIDTH, dim_head=WIDTH, heads=HEADS, num_landmarks=num_landmarks, **options).to(
         DEVICE
@@ -46,7 +46,7 @@ def error(x: Tensor, truth: Tensor) -> float:
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("count", [40, 37, 33])
 def test_equals_nystrom_attention(count: int, backend: str) -> None:
-    """Compare outputs and gradients with nystrom-attention.
+    """Compare outputs and gradients with the nystrom-attention package.
 
     37 and 33 tokens are padded to a multiple of the number of landmarks. 40 tokens need no padding.
     """
@@ -67,7 +67,7 @@ def test_equals_nystrom_attention(count: int, backend: str) -> None:
 
 
 def paper(q: Tensor, k: Tensor, v: Tensor, q_marks: Tensor, k_marks: Tensor) -> Tensor:
-    """Evaluate equation 13 of the paper. The iteration of equation 11 starts from the matrix in the lemma of the paper."""
+    """Evaluate equation 13 of arXiv 2102.03902. Iterate equation 11 from A^T / s, where s is the largest column sum of A."""
     scale = q.shape[-1] ** -0.5
     f, a, b = ((scale * x @ y.mT).softmax(-1) for x, y in ((q, k_marks), (q_marks, k_marks), (q_marks, k)))
     z = a.mT / a.sum(-2).amax(-1)[..., None, None]
@@ -81,7 +81,7 @@ def paper(q: Tensor, k: Tensor, v: Tensor, q_marks: Tensor, k_marks: Tensor) -> 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("landmarks", ["segment", "grid"])
 def test_equals_the_paper(landmarks: str, backend: str) -> None:
-    """Segments are tested with fewer queries than keys. Landmarks from a grid are compared with PyTorch's adaptive pooling."""
+    """Test segments with fewer queries than keys. For the grid, adaptive_avg_pool2d computes the expected landmarks."""
     q, k, v = tokens(35)
     if landmarks == "grid":  # 5 rows and 7 columns
         options = dict(grid_size=(5, 7))
@@ -125,7 +125,7 @@ def test_samples_are_independent_only_with_exact_pinv_init(backend: str) -> None
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_as_many_landmarks_as_tokens_give_softmax_attention(backend: str) -> None:
-    """With one landmark per token, the iteration converges to the inverse of the matrix of all attention weights."""
+    """With one landmark per token, the iteration converges to the inverse of the full attention matrix."""
     q, k, v = tokens(12, spread=1.5)
     exact = nn.functional.scaled_dot_product_attention(q, k, v)
     out = nystrom_attention(q, k, v, num_landmarks=12, pinv_iterations=30, backend=backend)

@@ -1,4 +1,7 @@
-"""Tests of bench/on_gpu.sh that run without a GPU. The script runs parts, such as timing, and each part runs jobs."""
+"""Tests of bench/on_gpu.sh that run without a GPU.
+
+The script runs parts, such as timing. Each part consists of measurements or checks, called jobs.
+"""
 
 from __future__ import annotations
 
@@ -118,7 +121,7 @@ def test_without_time_all_parts_are_reported_as_skipped(tmp_path: Path) -> None:
 
 
 def test_tuning_has_its_time_reserved() -> None:
-    """Tuning gets at least 60 seconds, even if all earlier parts use their full limits."""
+    """Tuning gets at least 60 seconds, even if all earlier parts reach their time limits."""
     parts = list(run.PARTS)
     before, deadline = parts[: parts.index("tune")], float(run.TOTAL)
     for at, name in enumerate(before):  # each part uses its full share and its full grace period
@@ -188,7 +191,7 @@ class TestRestart:
 
 
 class FakeCapture:
-    """Simulates graph capture in torch 2.11: if a capture fails when it ends, later allocations still use its memory pool."""
+    """Simulates graph capture in torch 2.11. After a capture fails, later allocations still use its memory pool."""
 
     def __init__(self, monkeypatch, recovers: bool = True) -> None:
         self.calls: list[str] = []

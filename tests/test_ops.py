@@ -21,7 +21,7 @@ EVERY_CASE: Cases = [(spec, case) for spec in SPECS.values() for case in spec.ca
 
 
 def few(*names: str) -> Cases:
-    """Return the cases with these names for each operator. An operator without such cases contributes its last case."""
+    """For each operator, return the cases with these names, or only the last case if there are none."""
     found: Cases = []
     for spec in SPECS.values():
         found += [(spec, case) for case in spec.cases if case.name in names] or [(spec, spec.cases[-1])]
@@ -47,7 +47,7 @@ def on_each_backend(cases: Cases, interpreted: Cases) -> pytest.MarkDecorator:
 
 
 def each_operator() -> pytest.MarkDecorator:
-    """Parametrize over all operators on both backends. In the interpreter, skip operators without separate kernels."""
+    """Parametrize over all operators on both backends. In the interpreter, skip the operators in VARIANTS."""
     grid = [
         pytest.param(backend, spec, id=f"{backend}-{name}")
         for backend in ("torch", "triton")
@@ -97,7 +97,7 @@ def check_budget(problem: Problem, backend: str, during: AbstractContextManager 
 
     Errors are measured against a float64 reference. Plain PyTorch runs in the same precision as the operator. The rounding
     error is relative to the norm of the result: eps of the dtype, or 1e-13 in float64, where plain PyTorch is the reference.
-    If newly allocated memory contains NaN, elements that a kernel does not write also fail the check.
+    If the caller fills new memory with NaN (`poisoned`), the check also fails for elements that a kernel does not write.
     """
     spec = problem.spec
     exact = run(problem.double(), reference=True)
@@ -198,7 +198,7 @@ def test_gradcheck(spec: OpSpec, case: Case, backend: str) -> None:
 
 @pytest.mark.parametrize("name", ["performer_attention", "feature_attention", "agent_attention"])
 def test_gradients_in_separate_launches(name: str) -> None:
-    """Test launch table entries with apart=True. They compute gradients in two launches instead of one, even with few slots."""
+    """With apart=True in the launch table, gradients are computed in two launches instead of one, even with few slots."""
     launch_table = pytest.importorskip("vix_kernels._triton.launch_table", reason="Triton is not installed here")
     tile = launch_table.INTERPRETER._replace(apart=True)
     kernels = "broadcast_slots", "broadcast_slots_heavy", "aggregate_tokens", "aggregate_tokens_heavy"
@@ -306,7 +306,7 @@ SCHEMA_AND_FAKE = "test_schema", "test_autograd_registration", "test_faketensor"
 DYNAMIC_TOO = *SCHEMA_AND_FAKE, "test_aot_dispatch_dynamic"
 
 
-# In the interpreter, one case per operator is enough. Variants are skipped, because they launch the same kernels.
+# In the interpreter, one case per operator is enough. Variants are skipped, because they launch kernels of other operators.
 @on_each_backend(EVERY_CASE, interpreted=[(spec, spec.cases[-1]) for spec in SPECS.values() if spec.name not in VARIANTS])
 def test_opcheck(spec: OpSpec, case: Case, backend: str) -> None:
     """Check the schemas and fake kernels of registered operators and, for the last case of each op, dynamic shapes."""

@@ -100,7 +100,7 @@ def test_a_torchvision_that_does_not_match_is_reported(matches: bool, monkeypatc
 def test_make_reports_a_torchvision_that_does_not_match(tmp_path: Path) -> None:
     """Check that the setup ends with the torchvision check. The commands are printed but not run."""
     command = ["make", "--dry-run", "--no-print-directory", f"VENV={tmp_path}", f"{tmp_path}/.ready"]
-    # `make test` sets environment variables that would make the nested make print the folders that it enters and leaves.
+    # Without the variables that `make test` sets, the nested `make` does not print the folders that it enters and leaves.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "MFLAGS"}
     lines = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, env=environment).stdout.splitlines()
     assert lines[-2:] == [f"{tmp_path}/bin/python tests/torchvision_operators.py", f"touch {tmp_path}/.ready"]

@@ -29,7 +29,7 @@ RUN = [
     "--mixup", "0.2", "--model-ema", "--redraw-interval", "25", "--device", "cpu",
     "--model-kwargs", "embed_dim=32", "depth=2", "num_heads=2",
 ]  # fmt: skip
-# Train several runs in the same processes. Each run saves the gradients of its first step next to its checkpoints.
+# Train several models, one after another, in the same processes. In each run folder, save the gradients of the first step.
 RUNS = """
 import json, os, sys, torch
 from pathlib import Path
@@ -187,9 +187,9 @@ def run_all(runs: list[list[str]], folder: Path, processes: int) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train several runs, and return the folder that contains them.
+    """Train models in several runs, and return the folder that contains the runs.
 
-    The runs "alone", "ddp" and "fsdp" train the same model in one process, with DDP, and with FSDP2. The run "muon" uses
+    Three runs train the same model: "alone" uses one process, "ddp" uses DDP, and "fsdp" uses FSDP2. The run "muon" uses
     FSDP2 and Muon. The run "fast" uses FSDP2 and the fast recipe.
     """
     folder = tmp_path_factory.mktemp("runs")

@@ -74,7 +74,10 @@ def mask_of(*lengths: int, tokens: int = TOKENS) -> Tensor:
 
 
 def results(model: nn.Module, x: Tensor, **inputs: Any) -> dict[str, Tensor]:
-    """Return the output and the gradients of `x` and of all parameters. Dropout is the same in each call."""
+    """Return a dict with the output ("out"), and the gradients of `x` ("x") and of the parameters (by name).
+
+    Dropout is the same in each call.
+    """
     torch.manual_seed(2)
     model.zero_grad()
     leaves = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -100,7 +103,7 @@ def worst(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
 
 LOCAL = dict(local_attn_heads=2, local_window_size=8)
 DROPOUT = dict(attn_dropout=0.2, ff_dropout=0.2)
-LENGTHS = (TOKENS, 31)  # numbers of valid tokens of the two samples
+LENGTHS = (TOKENS, 31)  # the number of valid tokens in each of the two samples
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -181,7 +184,10 @@ def test_patched_models_in_float32(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_patched_models_in_bfloat16(name: str) -> None:
-    """Under autocast and in bfloat16, outputs are close to float32 outputs. The original Nystromformer fails in bfloat16."""
+    """Outputs under autocast, and outputs of a bfloat16 model, are close to float32 outputs.
+
+    The original Nystromformer fails in bfloat16.
+    """
     host = built(name).eval()
     patched, x = patched_copy(host, name), tokens_for(name, dtype=torch.float32)
     with torch.no_grad():
@@ -218,7 +224,7 @@ def test_patched_performers_store_no_features() -> None:
 def test_patched_models_compile_without_graph_breaks(name: str) -> None:
     host = built(name, depth=1)
     if name == "PerformerLM":
-        host.fix_projection_matrices_()  # otherwise ProjectionUpdater reads its counter, which breaks the graph
+        host.fix_projection_matrices_()  # otherwise, ProjectionUpdater would read a counter and break the graph
     patched, x = patched_copy(host, name), tokens_for(name, dtype=torch.float32)
     torch._dynamo.reset()
     compiled = torch.compile(patched, backend="eager", fullgraph=True)
@@ -332,7 +338,7 @@ def test_arguments_that_are_not_models(package: str) -> None:
 
 
 def test_copies_of_the_package_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Projects such as scBERT have a folder performer_pytorch with older code, whose outputs differ."""
+    """Projects such as scBERT contain a folder performer_pytorch with an older version, whose outputs differ."""
     pytest.importorskip("performer_pytorch", reason="performer_pytorch is not installed")
     kind = type("FastAttention", (nn.Module,), {"__module__": __name__})
     monkeypatch.setitem(sys.modules, "performer_pytorch", SimpleNamespace(FastAttention=kind))

@@ -67,7 +67,10 @@ def noise(*shape: int) -> Tensor:
 def results(
     module: nn.Module, inputs: list[Tensor], *args: Any, dout: Tensor | None = None, **options: Any
 ) -> dict[str, Tensor]:
-    """Return the output of a module, and the gradients of all inputs and parameters."""
+    """Return a dict with the output of a module and the gradients of all inputs and parameters.
+
+    The keys are "out", the index of each input ("0", "1", ...) and the name of each parameter.
+    """
     out = module(*inputs, *args, **options)
     out = out[0] if isinstance(out, tuple) else out
     leaves = {str(i): x for i, x in enumerate(inputs)} | dict(module.named_parameters())
@@ -193,7 +196,7 @@ def test_fast_attention_with_a_learned_projection() -> None:
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
 @pytest.mark.parametrize("options", KINDS, ids=str)
 def test_fast_attention_with_a_mask(options: dict[str, Any], backend: str) -> None:
-    """A padded sample has the same results as without padding, and the output of a fully masked sample is 0.
+    """Padding does not change the results of a sample, and the output of a fully masked sample is 0.
 
     The gradients of padding are 0, even if the padding contains NaN.
     """
@@ -308,7 +311,7 @@ def test_nystrom_in_float32(backend: str) -> None:
 @pytest.mark.parametrize("tokens", [48, 45])
 @pytest.mark.parametrize("plain", [False, True])
 def test_nystrom_without_compat_ignores_padding(tokens: int, plain: bool) -> None:
-    """A padded sample has the same results as the sequence without padding. Segments without valid tokens have no landmark."""
+    """Padding does not change the results of a sample. Segments without valid tokens have no landmark."""
     torch.manual_seed(0)
     full, fewer = (
         NystromAttention(**NYSTROM | dict(num_landmarks=landmarks), compat=False).double().to(DEVICE) for landmarks in (8, 5)

@@ -18,7 +18,7 @@ from vix_kernels.nn import Attention, PerformerAttention
 
 
 def favor(q, k, v, w):
-    """Evaluate equation 5 of the paper in float64, with explicit features."""
+    """Evaluate equation 5 of arXiv 2009.14794 in float64, with explicit features."""
 
     def features(x):
         x = x.double() * x.shape[-1] ** -0.25
@@ -98,7 +98,7 @@ def test_nan_reaches_only_dependent_results(backend: str) -> None:
 
 @NO_TRITON
 def test_offsets_may_exceed_32_bits() -> None:
-    """The stride between tokens is 2^30 elements, so 32-bit offsets would overflow. Most of the memory is never touched."""
+    """The stride between tokens is 2^30 elements, so 32-bit offsets would overflow. Most of the memory is never accessed."""
     code = """
 import torch
 from vix_kernels import orthogonal_projection, performer_attention
@@ -170,7 +170,7 @@ def test_projection_blocks_are_orthogonal_with_requested_lengths() -> None:
 
 
 def test_projection_is_uniform_over_rotations() -> None:
-    """All entries of a block must have the same distribution. A plain QR decomposition would fix the signs of the diagonal."""
+    """Every entry of a block must have mean 0. With Q of a plain QR decomposition, some diagonal means would be negative."""
     first = torch.stack([orthogonal_projection(4, 4, seed=seed, scaling="sqrt") for seed in range(2000)])
     assert (first.mean(0).abs() < 4 * 1 / math.sqrt(2000)).all()  # entries have variance 1
 

@@ -184,7 +184,7 @@ def test_kernels_in_registers(dtype: torch.dtype, landmarks: int, scale: float) 
 
 
 def test_many_iterations_do_not_overflow(backend: str) -> None:
-    """Equal queries make A singular, so each iteration multiplies parts of Z's rounding errors by 13 / 4."""
+    """Equal queries make A singular, so each iteration multiplies some components of the rounding error of Z by 13 / 4."""
     q, k, values = (x.to(DEVICE, torch.float32) for x in problem(12, batch=1))
     tensors = [q[:, :, :1].expand_as(q).contiguous(), k, values]
     for x in gradients(partial(pinv, scale=SCALE, iterations=20, backend=backend), tensors):

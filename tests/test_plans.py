@@ -34,7 +34,7 @@ FEW = [(spec, case) for spec, case in test_ops.few("masked", "rope_partial") if 
 
 
 class Unobserved:
-    """Replaces the module that launches compiled kernels. The interpreter does not use this module."""
+    """Replaces the module that launches compiled kernels. Tests run kernels in the interpreter."""
 
     needs_triton = staticmethod(lambda: False)
 
@@ -82,7 +82,7 @@ def passes(function: Callable, tensors: tuple[Tensor, ...], change: Callable[[Te
 
 
 def make_ready(function: Callable, tensors: tuple[Tensor, ...]) -> plans.Entry:
-    """Call a function twice, so that its next call is replayed."""
+    """Call a function twice, so that the next call is replayed. Return the last entry in `plans.entries`."""
     for _ in range(2):
         passes(function, tensors)
     entry = list(plans.entries.values())[-1]
@@ -131,7 +131,7 @@ def test_replays_without_gradients(spec: OpSpec, poisoned: None, monkeypatch: py
 
 
 def test_operations_between_launches() -> None:
-    """Replays repeat PyTorch operations.
+    """A replay also runs the PyTorch operations between the kernel launches.
 
     `agent_attention` masks the agents with a PyTorch operation. Both of its softmax attention steps use the agents, so autograd
     adds the two gradients of the agents.
@@ -145,7 +145,7 @@ def test_operations_between_launches() -> None:
 
 
 def test_rope_with_learned_angles() -> None:
-    """Plans find the tensors inside a dataclass argument such as Rope, and replay the gradient of its angles."""
+    """Plans find the tensors inside a dataclass argument such as Rope. Replays compute the gradient of the angles."""
     from vix_kernels import Rope
 
     q, k = leaves(1, 2, 37, 16)
@@ -196,8 +196,8 @@ def test_tf32_is_in_the_signature(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_autocast_is_in_the_signature(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under autocast, calls are replayed unless their arguments are cast.
 
-    If they are cast, the results of the casts are saved for the backward pass, instead of the arguments. In a replay, these
-    results require no gradient, so a second differentiation would not raise the required error.
+    If they are cast, the cast tensors are saved for the backward pass instead of the arguments. In a replay, the cast tensors
+    do not require gradients, so double backward would not raise the required error.
     """
     q = torch.randn(1, 2, 37, 16, dtype=dtype).requires_grad_()
     projection = orthogonal_projection(8, 16, seed=0)
@@ -230,7 +230,7 @@ def test_arguments_without_a_signature(arguments: Callable) -> None:
 def test_equal_addresses() -> None:
     """A call whose arguments have equal addresses is not recorded, because a plan identifies arguments by address.
 
-    A plan recorded from a call with distinct addresses can replay such a call.
+    A plan recorded from a call with distinct addresses can replay a call with equal addresses.
     """
     x, y = leaves(4, 8)
     for _ in range(3):
@@ -316,7 +316,7 @@ def test_transforms(transform: Callable[[Callable, Tensor], Any]) -> None:
 
 
 def test_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled programs contain the function, not a replay."""
+    """torch.compile traces the function itself, not a replay."""
     x, y = leaves(4, 8)
     make_ready(product, (x, y))
     compiled = torch.compile(product, backend="eager", fullgraph=True, dynamic=True)
@@ -325,7 +325,7 @@ def test_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpointed call runs the function in both passes, because a replay saves different tensors than the function."""
+    """Checkpointed calls are not replayed, because a replay saves different tensors than the function."""
     x, y = leaves(4, 8)
     expected = passes(product, (x, y))
     make_ready(product, (x, y))
@@ -345,7 +345,7 @@ def test_hooks_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["item", "in place", "bool", "equal"],
 )
 def test_functions_that_depend_on_values(operation: Callable[[Tensor], Any]) -> None:
-    """A function that reads or changes values runs on every call. Its entry in `plans.entries` gives the reason."""
+    """Calls to a function that reads or changes values are not replayed. The entry in `plans.entries` gives the reason."""
     calls = []
 
     @plans.planned
@@ -404,7 +404,7 @@ class TestAutograd:
             out.sum().backward()
 
     def test_changes_of_tensors_that_are_not_saved(self, calls: int) -> None:
-        """The backward pass reads exp(y), but neither y nor the output, so these two may change before it runs."""
+        """The backward pass reads exp(y), but neither y nor the output. Both may change before the backward pass."""
         x, y, out = self.output(calls)
         with torch.no_grad():
             y.add_(1)
@@ -509,7 +509,7 @@ def test_recorded_layouts_of_gradients(change: Callable[[Tensor], Tensor], monke
 
 
 def test_the_reference_is_not_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference supports second derivatives, but replays do not."""
+    """Calls with backend="reference" are not recorded, because replays do not support second derivatives."""
     monkeypatch.undo()
     monkeypatch.setattr(backends, "triton_installed", lambda: True)
 
@@ -523,7 +523,7 @@ def test_the_reference_is_not_planned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_outputs_without_gradients() -> None:
-    """The function runs on every call if one of its outputs requires no gradient."""
+    """Calls to a function are not replayed if one of the outputs requires no gradient."""
 
     @plans.planned
     def function(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -601,7 +601,7 @@ def test_the_table_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_threads() -> None:
-    """Threads that record and replay two signatures at the same time compute the same results."""
+    """Threads that concurrently record and replay calls with two signatures compute the same results as without replays."""
     problems = [leaves(4, 8), leaves(5, 7, seed=1)]
     expected = [passes(product.__wrapped__, tensors) for tensors in problems]
     errors, rounds = [], 200

@@ -13,7 +13,7 @@ from vix_kernels.integrations import performer_pytorch as performer_integration
 
 
 def train(model: nn.Module, steps: int, automatic: bool) -> list[tuple[float, int, Tensor]]:
-    """Return the loss, the counter of the updater and the first projection after each step."""
+    """Train a model. For each step, return the loss, the counter of the updater and the first projection."""
     torch.manual_seed(4)
     optimizer, history = torch.optim.SGD(model.parameters(), lr=0.1), []
     updater = model.performer.proj_updater

@@ -1,4 +1,4 @@
-"""Tests that bench/quality.py, run with tiny sizes, writes its plot and CSV file, and that it rejects invalid arguments."""
+"""Tests that bench/quality.py writes a plot and a CSV file, and that it rejects invalid arguments. The sizes are tiny."""
 
 from __future__ import annotations
 

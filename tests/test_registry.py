@@ -1,4 +1,4 @@
-"""Tests that plain eager calls bypass the registered operators, and that traced or transformed calls do not."""
+"""Tests that plain eager calls bypass the registered operators, that traces contain them, and that transforms are rejected."""
 
 from __future__ import annotations
 

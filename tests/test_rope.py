@@ -1,4 +1,4 @@
-"""Tests of rotary embedding: angles, layouts and their effect on attention."""
+"""Tests of rotary position embeddings (RoPE): angles, layouts, and the effect on attention."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def make_photos(folder: Path) -> None:
 
 
 def run(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run the code blocks of a page in a separate process, with `folder` as its working directory.
+    """Run the code blocks of a page in a separate process, with `folder` as the working directory.
 
     The PATH includes the commands of this Python environment. If the page does not import timm, any import of timm fails.
     """

@@ -1,4 +1,4 @@
-"""Tests of `Report.measure`, and of the warning that the replacement is expected to be slower."""
+"""Tests of `Report.measure`, and of the warning about attention that may be slower than softmax attention."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_a_measurement_does_not_change_the_model(host: str, op: str) -> None:
     assert speed.softmax > 0 and speed.replaced > 0 and speed.ratio == speed.replaced / speed.softmax
     for layer in speed.layers.values():
         assert layer.tokens == tokens and layer.ratio == layer.replaced / layer.softmax
-        assert 0 < layer.softmax < 100 * speed.softmax  # loose, because other programs may interrupt so short a measurement
+        assert 0 < layer.softmax < 100 * speed.softmax  # a loose bound, because other programs may interrupt the measurement
     assert f"the model takes {speed.ratio:.2f} times as long as with softmax attention at {tokens} tokens" in str(report)
     assert len(str(speed).splitlines()) == 4 + bool(speed.note)
 
@@ -177,14 +177,17 @@ def test_times_are_measured_with_the_given_clock() -> None:
 
 
 def test_short_functions_are_repeated() -> None:
-    """The warm-up call takes 2 seconds of this clock, so 10 calls are expected to take 20 seconds."""
+    """The warm-up call takes 2 seconds on the fake clock, so 10 calls are expected to take 20 seconds."""
     ticks, calls = iter(range(100)), []
     times = in_turns({"a": lambda: calls.append(next(ticks))}, rounds=2, seconds=20, clock=lambda: float(next(ticks)))
     assert len(calls) == 1 + 2 * 10 and times["a"].samples == (1100.0, 1100.0)
 
 
 class Looped(nn.Module):
-    """Calls its first attention layer with 24 and 16 tokens, and never its second. Raises an error in call number `fails`."""
+    """A model that calls `first` with all tokens and then with 16 tokens, and never calls `second`.
+
+    It raises an error in call number `fails`.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -339,7 +342,7 @@ def test_a_warning_that_is_an_error_leaves_the_model_unchanged(host: str) -> Non
 def test_other_attentions_cause_no_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", SlowerWarning)
-        timm_integration.replace_attention(timm_vit(), "nystrom", num_landmarks=4)  # the table is for the default number
+        timm_integration.replace_attention(timm_vit(), "nystrom", num_landmarks=4)  # the table does not cover 4 landmarks
         timm_integration.replace_attention(timm_vit(patch_drop_rate=0.5), "nystrom")  # the number of tokens is unknown
         timm_integration.replace_attention(timm_vit(img_size=128), "nystrom")  # 1,025 tokens
         replace_mha(encoder(), "nystrom")

@@ -99,7 +99,7 @@ def test_models_with_rotary_embedding_are_reproduced(name):
 
 
 def test_rotations_match_timm():
-    """Compare the rotation of q and k with timm's, for both layouts, and for tables that are shared or differ between heads."""
+    """Compare the rotation of q and k with that of timm, in both layouts, with one table per head or one for all heads."""
     from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 
     from vix_kernels import apply_rope
@@ -122,7 +122,7 @@ def test_replaced_models_train(op):
     model = vit(proj_drop_rate=0.1, drop_path_rate=0.1).train()
     integration.replace_attention(model, op, retrain=True)
     model(images()).square().sum().backward()
-    # The head reads only the class token. In the last block, its row is exact and does not depend on the features.
+    # The head reads only the class token. In the last block, the row of this token is exact, so it does not use the features.
     reached = {name: p.grad for name, p in model.named_parameters() if not name.startswith("blocks.1.attn.vix.")}
     assert all(grad.isfinite().all() and grad.any() for grad in reached.values())
     seeds = [getattr(block.attn.vix.core, "seed", None) for block in model.blocks]

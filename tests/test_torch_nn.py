@@ -50,7 +50,7 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 def test_encoders_call_the_replacement(calls, grad, training, masked):
-    """After the replacement, PyTorch uses neither nested tensors nor its inference fast path, which would bypass the module."""
+    """After the replacement, PyTorch does not use nested tensors, and does not bypass the module in its inference fast path."""
     model, x = encoder().train(training), tokens()
     options = dict(src_key_padding_mask=padding()) if masked else {}
     with torch.set_grad_enabled(grad):

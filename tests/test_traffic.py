@@ -1,4 +1,4 @@
-"""Tests that memory traffic is measured correctly, and that operators stay within their limits.
+"""Tests that memory traffic is measured correctly, and that the traffic of operators stays within limits.
 
 The tests run in Triton's interpreter and need no GPU.
 """
@@ -118,9 +118,9 @@ def test_packed_tokens_count_like_separate_tensors() -> None:
 
 
 def test_the_minimum_is_arguments_and_results() -> None:
-    """The minimum includes q, k, v and out in the forward pass, and also dout, dq, dk and dv in the backward pass.
+    """The minimum includes q, k, v and out in the forward pass, and q, k, v, dout, dq, dk and dv in the backward pass.
 
-    In both passes, it includes the random features once, and no softmax statistics.
+    In both passes, the minimum includes the random features once, and no softmax statistics.
     """
     traffic = performer(100, 2, 3, 40)
     token_bytes, features = 2 * 3 * 100 * 32 * 2, 40 * 32 * 4
@@ -137,7 +137,10 @@ def test_masked_keys_do_not_count() -> None:
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_assumed_tiles_of_tokens_do_not_change_traffic(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The measurement runs kernels with larger tiles than a GPU would use. This changes neither launches nor bytes."""
+    """The measurement runs kernels with larger tiles than a GPU would use.
+
+    This changes neither the launches nor the number of bytes that they load and store.
+    """
     options = dict(rope=rope_1d(1000, 32), key_padding_mask=torch.rand(1, 1000) > 0.3, arch=arch)
     large = performer(1000, 1, 1, 70, **options)
     monkeypatch.setattr(launching, "ASSUMED_TOKENS", 0)
@@ -183,7 +186,10 @@ def test_nystrom_forward() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_a_mask_adds_no_launches(dtype: torch.dtype) -> None:
-    """Nystrom attention launches 4 Triton kernels forward and 8 backward, with and without a mask, and no PyTorch operators."""
+    """Nystrom attention launches 4 Triton kernels in the forward pass and 8 in the backward pass, with and without a mask.
+
+    It runs no PyTorch operators that move data.
+    """
     q, k, v, weight = (x.requires_grad_() for x in (*torch.randn(3, 2, 2, 100, 32, dtype=dtype), torch.randn(2, 1, 33, 1)))
     for mask in (None, torch.arange(100) < torch.tensor([[60], [0]])):
         options = dict(num_landmarks=16, conv_weight=weight, key_padding_mask=mask, backend="triton", split=False)

@@ -35,7 +35,7 @@ def text(tokens=24):
 
 
 def test_nystrom_with_all_landmarks_reproduces_bert():
-    """Padding must be masked: transformers silently drops the mask of an implementation without a mask function."""
+    """Padding must be masked. transformers silently drops the mask if an implementation has no mask function."""
     model, (ids, mask) = bert(), text()
     expected = model(ids, attention_mask=mask).last_hidden_state
     padded = model(ids).last_hidden_state

@@ -170,7 +170,7 @@ def replaced(model: nn.Module, **options: object) -> nn.Module:
 
 @pytest.mark.parametrize("layers", [None, ["*.1.*"]])
 def test_all_models_from_one_configuration_have_the_attention(layers: list[str] | None, tmp_path: Path) -> None:
-    """Build models from the configuration in the folder, from that of the loaded model, and from that of the saved model."""
+    """Build models from the configuration in `tmp_path`, from that of the loaded model, and from that of the original model."""
     model = replaced(vit("body"), layers=layers)
     model.save_pretrained(tmp_path)
     config, auto = transformers.ViTConfig.from_pretrained(tmp_path), transformers.AutoModel
@@ -199,7 +199,7 @@ def test_all_models_from_one_configuration_have_the_attention(layers: list[str] 
 def test_a_saved_configuration_describes_the_attention(how: str, tmp_path: Path) -> None:
     """The saved configurations of a model and of its vision part describe the attention layers.
 
-    Configurations with softmax attention get no additional entries.
+    Configurations with softmax attention have no additional entries.
     """
     model = clip()
     if how == "name":
@@ -265,7 +265,7 @@ def test_another_attention_of_this_library_overrides_the_layers(tmp_path: Path) 
 
 
 def test_layers_with_a_copied_configuration_are_refused(tmp_path: Path) -> None:
-    """The decoder of ViTMAE has a copy of the configuration, which is not saved."""
+    """The decoder of ViTMAE has a copy of the configuration. save_pretrained does not save this copy."""
     decoder = {f"decoder_{name}": size for name, size in SIZES.items()}
     torch.manual_seed(0)
     model = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**VISION, **decoder)).eval()

@@ -1,8 +1,8 @@
 """Detect a torchvision built for a different PyTorch, for example PyPI's Linux wheel installed with a CPU build of PyTorch.
 
 The operators of such a torchvision cannot be loaded. `import timm` imports torchvision and raises "operator torchvision::nms
-does not exist". `make` runs this file after setup to report the mismatch in one line. After a call to `declare`, the tests of
-timm and transformers can run anyway, because they do not call torchvision's operators.
+does not exist". `make` runs this file after setup to report the mismatch in one line. After a call to `declare`, tests that
+import timm or transformers can run anyway, because they do not call torchvision's operators.
 """
 
 from __future__ import annotations

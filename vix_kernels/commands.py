@@ -78,7 +78,7 @@ def within(least: int, most: int) -> Callable[[str], int]:
 
 
 def figure(value: Any, digits: int = 3) -> str:
-    """Format a value for a table cell. Floats get `digits` significant digits, and None becomes an empty cell."""
+    """Format a value for a table cell. Floats have `digits` significant digits, and None becomes an empty cell."""
     return "" if value is None else f"{value:.{digits}g}" if isinstance(value, float) else str(value)
 
 
@@ -110,7 +110,7 @@ def progress(text: str) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write` with a temporary path, then replace `path` with that file. Readers see either the old or the new file."""
+    """Call `write` with a temporary path, then move the file to `path`. Readers see either the old or the new file."""
     write_together({path: write})
 
 

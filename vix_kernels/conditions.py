@@ -14,13 +14,13 @@ class Conditions:
     """Settings that every kernel launch reads.
 
     Attributes:
-        observer: a function that is called instead of each launch, with the kernel, grid, arguments and options of the launch.
-            If None, launches are executed.
+        observer: a function to call in place of each launch, with the kernel, grid, arguments and options of the launch. If
+            None, kernels are launched.
         arch: if set, Triton's interpreter uses the launch configurations for this architecture. Tiles may contain more tokens
             than on a GPU, because larger tiles make the interpreter faster.
-        split: whether the tokens of a sample and head, and the items of a sum (_triton/sums.py), may be split into chunks. If
-            False, they form one chunk.
-        tiles: launch configurations that override those in the launch table (_triton/launch_table.py), indexed by its keys.
+        split: whether launches may split the tokens of a sample and head, or the terms of a sum (_triton/sums.py), into chunks.
+            If False, there is only one chunk.
+        tiles: launch configurations that override entries of the launch table (_triton/launch_table.py) with the same keys.
         asked: a function that is called with every key that is looked up in the launch table, or None.
     """
 

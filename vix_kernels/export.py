@@ -1,7 +1,7 @@
 """Export models to plain PyTorch programs and to ONNX files.
 
-Every function and module of this library can be exported by `torch.export`, saved by torch.export.save and compiled by
-AOTInductor, with a dynamic batch size:
+Every function and module of this library can be exported with torch.export, saved with torch.export.save and compiled with
+AOTInductor. The batch size can be dynamic:
 
     program = torch.export.export(model.eval(), (x,), dynamic_shapes=({0: Dim("batch")},))
     path = torch._inductor.aoti_compile_and_package(program)
@@ -10,11 +10,11 @@ The exported program contains this library's operators, with the backend that wa
 must import vix_kernels before it loads the program. The program does not support gradients, so run it under torch.no_grad(). To
 run a program where only PyTorch is installed, use `decomposed`, which replaces the operators with plain PyTorch.
 
-The number of tokens may also be dynamic, unless rotary tables, a grid or a model's image size fix it. The minimum of the
-range must be at least the number of landmarks or agents plus the number of prefix tokens. With Linformer attention, the maximum
-must be at most the number of rows of the projections. If each head has separate projections, the maximum must be less than
-this number. With landmarks="pad_front", if the number of tokens in the example is a multiple of num_landmarks, the program
-accepts only multiples of num_landmarks. Otherwise, it accepts only numbers of tokens that are not multiples.
+The number of tokens can also be dynamic, unless rotary tables, a grid or a model's image size fix it. In its Dim, `min` must be
+at least the number of landmarks or agents plus the number of prefix tokens. With Linformer attention, `max` must be at most the
+number of rows of the projections. If each head has separate projections, `max` must be less than this number. With
+landmarks="pad_front", if the number of tokens in the example is a multiple of num_landmarks, the program accepts only multiples
+of num_landmarks. Otherwise, it accepts no multiples of num_landmarks.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ LARGEST = 3 * 2**29  # bytes of weights; for larger models, torch would write th
 def decomposed(program: ExportedProgram) -> ExportedProgram:
     """Return an equivalent program that uses only PyTorch operators, runs without this library and supports gradients.
 
-    The returned program materializes tokens x slots matrices. For 16-bit dtypes, it still computes sums and statistics in
-    float32.
+    The returned program materializes matrices of size tokens x slots. For 16-bit dtypes, it still computes sums and statistics
+    in float32.
 
     Args:
         program: the result of torch.export.export. Dynamic sizes stay dynamic.
 
     Raises:
-        ValueError: the program contains an operator that cannot be replaced. This can be an operator of a backward pass, or
-            the operator that draws random features, which appears only in strict exports. The message lists all such operators.
+        ValueError: the program contains an operator that cannot be replaced. This can be an operator of a backward pass or, in
+            a strict export, the operator that draws random features. The message lists all such operators.
     """
     return _replaced(program, REFERENCES)
 
@@ -73,7 +73,7 @@ def decomposed(program: ExportedProgram) -> ExportedProgram:
 def to_onnx(
     model: nn.Module, x: Tensor | tuple[Any, ...], path: str | Path, *, dynamic_shapes: Any = None, opset: int | None = None
 ) -> float | None:
-    """Write `model` in evaluation mode to an ONNX file, and compare its outputs in onnxruntime with the outputs of the model.
+    """Export `model` in evaluation mode to an ONNX file, and compare the outputs of onnxruntime with those of `model`.
 
     Args:
         model: any module that uses modules or functions of this library, in float32 or float16. onnxruntime has few CPU
@@ -90,8 +90,8 @@ def to_onnx(
     Raises:
         ImportError: onnx or onnxscript is not installed.
         TypeError, ValueError: an argument is invalid. The message names it and states the expected and the actual value.
-        RuntimeError: fewer than half of the digits of an output are correct (its relative error exceeds the square root of its
-            dtype's eps), or torch cannot translate an operator of the model. An existing file at `path` is kept.
+        RuntimeError: the relative error of an output exceeds the square root of its dtype's eps, or torch cannot translate an
+            operator of the model. An existing file at `path` is kept.
     """
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
@@ -198,7 +198,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _unused(like: Tensor, count: int) -> list[Tensor]:
-    """Return empty tensors in place of outputs that only a backward pass reads."""
+    """Return `count` empty tensors in place of outputs that only a backward pass reads."""
     return [like.new_empty(0) for _ in range(count)]
 
 

@@ -56,7 +56,7 @@ class Pool(NamedTuple):
     """The tokens that each landmark averages (primitives/landmarks.py).
 
     Attributes:
-        prefix: number of leading tokens. Each of them is a landmark.
+        prefix: number of leading tokens that are landmarks themselves.
         rows: number of rows of the grid that the other tokens form, or 1 if they form a plain sequence.
         mark_rows, mark_columns: numbers of rows and columns of the grid of landmarks.
         adaptive: whether to use the windows of adaptive pooling. If not, the windows are consecutive segments without overlap.
@@ -88,7 +88,8 @@ class LandmarkGradients(NamedTuple):
 
     Attributes:
         dq_other, dk_other: gradients of q and k that do not flow through the landmarks, or None if there are none.
-        dq_marks, dq_marks_2, dk_marks, dk_marks_2: the two terms of each landmark gradient. The second term is optional.
+        dq_marks, dq_marks_2, dk_marks, dk_marks_2: the two terms of the gradients of the landmarks. The second terms are
+            optional.
     """
 
     dq_other: Tensor | None = None
@@ -107,5 +108,5 @@ def flattened(rotary: Rotary | None) -> tuple[Tensor | None, Tensor | None, Tens
 
 
 def joined(cos: Tensor | None, sin: Tensor | None, interleaved: bool) -> Rotary | None:
-    """Return a Rotary with the tables cos and sin and without angles, or None if a table is None."""
+    """Return Rotary(cos, sin, interleaved), or None if cos or sin is None."""
     return None if cos is None or sin is None else Rotary(cos, sin, interleaved)

@@ -1,9 +1,9 @@
-"""Recorded launch plans: replay the launches of an earlier call without running its Python code again.
+"""Replay the kernel launches of an earlier call without running its Python code again.
 
 On small inputs, the Python code of an eager call (argument checks, autograd nodes, launch configurations) takes longer than its
-kernels. What this code does depends on the signature of the call (sizes, strides, dtypes, alignment and options), but not on
-the values of its tensors. Therefore, `planned` records a call for each signature. Later calls with this signature do not run
-this code. They allocate the outputs and workspaces, and launch the same kernels with new addresses, so their results are
+kernels. The kernel launches of a call depend on its signature (sizes, strides, dtypes, alignment and options), but not on the
+values of its tensors. Therefore, `planned` records a call for each signature. Later calls with this signature skip the Python
+code. They allocate the outputs and workspaces, and launch the same kernels with new addresses, so their results are
 bit-identical to those of the Python code. If an input requires a gradient, replays start after the forward and backward passes
 of a call have been recorded.
 """
@@ -113,7 +113,7 @@ def describe(values: Iterable[Any], key: list[Any], tensors: list[Tensor]) -> bo
 
 
 def replace_tensors(values: Iterable[Any], tensors: Iterator[Tensor]) -> list[Any]:
-    """Return `values` with their tensors replaced by those in `tensors`. The order is that of `describe`."""
+    """Return `values` with their tensors replaced by `tensors`, in the order of `describe`."""
     results = []
     for x in values:
         if isinstance(x, Tensor):
@@ -130,11 +130,11 @@ class CallPlan:
     """The plan of a call, and of its backward pass if an input requires a gradient. See replay.py for sources and bases.
 
     Attributes:
-        forward: plan of the forward pass. Its sources are the tensors of the call.
+        forward: plan of the forward pass. Its sources are the input tensors.
         single: whether the function returns a tensor instead of a tuple.
         saved: indices of the bases that the forward pass saves for the backward pass.
-        backward: plan of the backward pass. Its sources are the saved bases, then the gradients of the outputs.
-        strides: recorded strides of the gradients of the outputs.
+        backward: plan of the backward pass. Its sources are the saved bases, then the output gradients.
+        strides: recorded strides of the output gradients.
     """
 
     forward: PassPlan
@@ -149,7 +149,7 @@ class CallPlan:
         return outputs[0] if self.single else tuple(outputs), [bases[i] for i in self.saved]
 
     def run_backward(self, saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor | None]:
-        """Replay the backward pass. Return the gradients of the tensors of the call."""
+        """Replay the backward pass. Return the gradients of the input tensors."""
         gradients = [
             x
             if x.stride() == strides and x.data_ptr() % 16 == 0 and not (x.is_neg() or x._is_zerotensor())
@@ -178,8 +178,9 @@ class Entry:
         """Return whether to record this call.
 
         Call 2 is recorded. While the plan is not complete, for example because no recorded call has run its backward pass,
-        calls 3, 5, 9, ... are recorded, too. A call is not recorded if two of its tensors have the same address, because they
-        could not be told apart, or if a tensor is empty, because it has no address.
+        calls 3, 5, 9, ... are recorded, too. A call is not recorded if two of its tensors have the same address, because the
+        recorder could not distinguish them. It is also not recorded if a tensor is empty, because empty tensors have no
+        address.
         """
         if self.plan is not None or self.reason is not None:
             return False
@@ -193,8 +194,7 @@ def record(
 ) -> Any:
     """Run and record a call, and return its result.
 
-    If the call needs a backward pass, but its forward pass cannot be replayed, the function runs again, so that autograd
-    records its operations.
+    If the call needs a backward pass, but its forward pass cannot be replayed, the function runs again under autograd.
     """
 
     def call(inputs: Iterable[Tensor]) -> Any:
@@ -214,7 +214,7 @@ def record(
 
 
 def arguments(tensors: Sequence[Tensor]) -> dict[int, Location]:
-    """Return the location of each tensor of a call. Tensor i starts at offset 0 of source i (see replay.py)."""
+    """Return the location of each input tensor. Tensor i starts at offset 0 of source i (see replay.py)."""
     return {i: Location(i, 0) for i in range(len(tensors))}
 
 
@@ -233,7 +233,7 @@ def dense(x: Tensor) -> Tensor:
 
 
 class _Record(torch.autograd.Function):
-    """Run and record a call and its backward pass. The autograd graph of the call is kept in `ctx`."""
+    """Runs and records a call and its backward pass. `ctx` keeps the autograd graph of the call."""
 
     @staticmethod
     def forward(ctx, entry, call, *tensors):
@@ -283,7 +283,7 @@ class _Record(torch.autograd.Function):
 
 
 class _Replay(torch.autograd.Function):
-    """Replay a recorded call and its backward pass."""
+    """Replays a recorded call and its backward pass."""
 
     @staticmethod
     def forward(ctx, plan, *tensors):

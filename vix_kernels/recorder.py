@@ -1,4 +1,4 @@
-"""Record the steps of a call and of its backward pass. See plans.py."""
+"""Record the kernel launches and PyTorch operations of a call and its backward pass, so that plans.py can replay them."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def start_in_storage(x: Tensor) -> int:
 
 
 class Recorder(TorchDispatchMode):
-    """Records the steps of the functions that `run` calls.
+    """Records the kernel launches and PyTorch operations of the functions that `run` calls.
 
     Attributes:
-        bases: inputs, allocations, results of operations, and constants, in the order in which they are found.
-        steps: the recorded steps.
+        bases: inputs, allocations, results of operations, and constants, in the order in which the recorder finds them.
+        steps: the recorded launches and operations.
         reason: why the call cannot be replayed, or None.
     """
 
@@ -149,7 +149,7 @@ class Recorder(TorchDispatchMode):
 
         If saved tensors require gradients, but none of these tensors is an argument, `reason` is set, so the call is not
         replayed. In a replay, saved arguments keep their autograd graph, and other saved tensors do not. Without a saved
-        argument that requires a gradient, a second differentiation would not raise the required error.
+        argument that requires a gradient, double backward would not raise an error, although it is not supported.
         """
         nodes, seen, found, requires_grad = [x.grad_fn for x in results], {None}, {}, False
         while nodes:
@@ -226,7 +226,7 @@ class Recorder(TorchDispatchMode):
     def workspaces(
         self, steps: Sequence[Step], locations: dict[int, Location], saved: Sequence[int]
     ) -> tuple[dict[int, int], dict[int, int]]:
-        """Return the offsets of allocations in two workspaces: one for the saved bases, and one for all other bases."""
+        """Return the offsets of the saved bases in one workspace, and the offsets of all other bases in a second workspace."""
         first, last = {}, {}
         for i, step in enumerate(steps):
             for place in step.places:
@@ -239,7 +239,7 @@ class Recorder(TorchDispatchMode):
         return self.pack(kept), self.pack(others)
 
     def pack(self, lifetimes: dict[int, tuple[int, int]]) -> dict[int, int]:
-        """Return offsets of bases in a workspace. Bases that are not used at the same time can share memory.
+        """Return the offset of each base in a workspace. Bases that are not used at the same time can share memory.
 
         `lifetimes` maps each base to the indices of the first and the last step that use it.
         """

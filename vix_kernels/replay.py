@@ -1,8 +1,8 @@
-"""The steps of a recorded pass, and how to replay them with other tensors. See plans.py.
+"""The steps of a recorded pass, and how to replay them with new tensors. See plans.py.
 
 Every tensor that a step reads or writes is a base or a part of a base. The bases of a pass are, in this order: its sources, the
 outputs and workspaces that it allocates, constants, and the results of operations. The sources of a forward pass are the
-arguments. The sources of a backward pass are the saved bases and the gradients of the outputs.
+arguments. The sources of a backward pass are the bases that the forward pass saved, and the output gradients.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Place:
 
 @dataclass
 class Step:
-    """One step of a pass. `args` contains a Place instead of each tensor."""
+    """One step of a pass. In `args`, each tensor is replaced by a Place."""
 
     args: list[Any]
 
@@ -71,7 +71,7 @@ class Step:
 
 @dataclass
 class Launch(Step):
-    """A launch of a kernel. `compiled` is None in the interpreter."""
+    """A kernel launch. `compiled` is None in the interpreter."""
 
     kernel: Any
     grid: tuple[int, ...]

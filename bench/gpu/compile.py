@@ -47,7 +47,7 @@ def rows(plan: Plan) -> Iterator[Row]:
 def tasks(plan: Plan) -> Iterator[tuple[str, str, Case]]:
     """Yield (op, dtype, case) for calls that together compile the kernels of the correctness and timing parts.
 
-    Kernels are not specialized for the number of tokens, so for timing, a small batch of short sequences is enough.
+    Kernels are not specialized for the number of tokens. The calls for the timing part therefore have small inputs.
     """
     for check, spec, dtype, case in correctness.order(plan):
         if check is correctness.against_float64:
@@ -60,7 +60,7 @@ def tasks(plan: Plan) -> Iterator[tuple[str, str, Case]]:
 def run(op: str, dtype: str, case: Case, device: str) -> float:
     """Run the forward and backward passes once, and return the time in seconds.
 
-    Random features require gradients, except in timing cases.
+    Random features require gradients, unless the case is named "timing".
     """
     start = time.perf_counter()
     case = replace(SPECS[op].fit(case), learned=case.name != "timing")

@@ -36,7 +36,7 @@ def rows(plan: Plan) -> Iterator[Job]:
 
 
 def order(plan: Plan) -> Iterator[tuple[Check, OpSpec, str, Case]]:
-    """Yield the checks, most important first."""
+    """Yield (check, spec, dtype, case), the most important checks first."""
     for dtype in ("bf16",) if plan.dry else ("bf16", "fp32", "fp16"):
         for check in (against_float64, repeats, graph, streams) if dtype == "bf16" else (against_float64,):
             cases = (TINY if plan.dry else LARGE)[: None if check is against_float64 else 2]
@@ -72,10 +72,11 @@ def results(problem: Problem, **how: object) -> list[Tensor]:
 
 
 def against_float64(problem: Problem) -> tuple[str, float]:
-    """Check the error of each result. The limit is twice the sum of plain PyTorch's error and the rounding error of the dtype.
+    """Check the errors of the Triton results against a float64 reference.
 
-    Plain PyTorch runs in the same precision. Return an error message or "", and the largest ratio of an error to its limit. If
-    the check fails, return the first ratio above 1 instead.
+    The limit is twice the sum of the error of plain PyTorch in the input dtype and the rounding error of this dtype. Return an
+    error message or "", and the largest ratio of an error to its limit. If the check fails, return the first ratio above 1
+    instead.
     """
     exact = results(problem.double(), reference=True)
     plain = results(problem, reference=True)
@@ -101,7 +102,10 @@ def repeats(problem: Problem) -> tuple[str, float]:
 
 
 def graph(problem: Problem) -> tuple[str, float]:
-    """Check that the results of a CUDA graph, replayed on new inputs, are bit-identical to those of an eager call."""
+    """Check that a CUDA graph, replayed on new inputs, returns the same bits as an eager call.
+
+    Return an error message or "", and 1 if the results differ, otherwise 0.
+    """
 
     def run() -> list[Tensor]:
         return results(problem, backend="triton")
@@ -116,7 +120,10 @@ def graph(problem: Problem) -> tuple[str, float]:
 
 
 def streams(problem: Problem) -> tuple[str, float]:
-    """Check ten times that two calls on concurrent streams return the same results as they do alone."""
+    """Check ten times that two calls on concurrent streams return the same results as two calls one after the other.
+
+    Return an error message or "", and how many of the ten checks fail.
+    """
     other = problem.map(lambda x: x.detach() * 0.75)
     alone = [results(each, backend="triton") for each in (problem, other)]
     torch.cuda.synchronize()

@@ -15,7 +15,7 @@ from .part import Job, Plan, by_job
 OURS: Form = ("ours", "bf16")
 # No layer of these models has more than one backend, so "plain" would run the same code as "ours" and is not measured.
 ONLY_TORCH = ("vit", "hybrid_vit", "levit", "cvt", "cct", "fnet_2d")
-DRY = ("vit", "vil", "vip", "levin", "cvp", "hybrid_fnet", "fnet_2d")  # all published mixers, and all backbones but CCT
+DRY = ("vit", "vil", "vip", "levin", "cvp", "hybrid_fnet", "fnet_2d")  # all published mixers, and all backbones except CCT
 LARGER = ("vit", "vil", "vip", "vin")  # also measured with 4,096 patches, where linear cost should matter
 
 

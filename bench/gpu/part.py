@@ -81,7 +81,7 @@ class Job(NamedTuple):
 
 
 def by_job(jobs: Callable[[Plan], Iterable[Job]]) -> Callable[[Plan], Iterator[Row]]:
-    """Turn a function that yields jobs into the `rows` function of a part. Failed and skipped jobs also get a row.
+    """Turn a function that yields jobs into the `rows` function of a part. Failed and skipped jobs also yield a row.
 
     If a job crashes the process, only the results of that job are lost, because a new process continues with the next job.
     """

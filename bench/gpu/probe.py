@@ -1,4 +1,4 @@
-"""Probe the machine: its hardware, the versions of its software, missing packages, and whether a kernel runs at all."""
+"""Probe the machine: hardware, software versions, missing packages, and whether a kernel runs at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write the output files: a summary, all results as JSON, tables as CSV, an archive of pictures and an archive of logs."""
+"""Write the output files of a GPU run: a summary, all results as JSON, tables as CSV, and archives of pictures and logs."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ KEPT = 2**20  # bytes kept at each end of a log
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a part.
+    """The result of one part of the GPU run, such as "timing".
 
-    `why` is the reason if the part failed or was skipped. If the part is ok, `why` contains the number of skipped rows, if any.
+    `why` is the reason for "failed" or "skipped". For "ok", it is the number of skipped rows, or "" if there are none.
     """
 
     part: str
@@ -34,7 +34,7 @@ class Outcome:
 
 
 def write(folder: Path, machine: Row, outcomes: list[Outcome], work: Path) -> str:
-    """Write all files except the pictures and return the summary. If a file cannot be written, still write the others."""
+    """Write all output files except the pictures, and return the summary. If one write fails, the others continue."""
     problems: list[str] = []
     rows = {outcome.part: outcome.rows for outcome in outcomes}
     everything = dict(machine=machine, parts=[asdict(outcome) for outcome in outcomes])
@@ -137,7 +137,7 @@ def summary(machine: Row, outcomes: list[Outcome], problems: list[str]) -> str:
 
 
 def tuned(rows: list[Row]) -> list[str]:
-    """Return a table with one line per launch-table key. If a better tile was found, it is in the last column."""
+    """Return a Markdown table with one row per launch-table key. The last column contains the better tile, if any."""
     body = []
     for row in (row for row in rows if row["status"] == "ok"):
         tile = " ".join(f"{name}={value}" for name, value in row["best"].items()) if row["best"] != row["present"] else ""
@@ -148,7 +148,7 @@ def tuned(rows: list[Row]) -> list[str]:
 
 
 def times(rows: Iterable[Row]) -> list[str]:
-    """Return a table with one row per operator, dtype, shape and direction, and one column per provider."""
+    """Return a Markdown table with one row per operator, dtype, shape and direction, and one column per provider."""
     timed = [row for row in rows if row.get("device_ms") is not None]
     providers = list(dict.fromkeys(row["provider"] for row in timed))
     found = {(*(row[name] for name in TIMES), row["provider"]): row for row in timed}

@@ -1,4 +1,4 @@
-"""Collect all GPU measurements of this checkout in at most {seconds} seconds, without installing it:
+"""Test and measure this checkout on a GPU in at most {seconds} seconds, without installing the package. The parts are:
   compile      compile, in parallel, the kernels of the correctness and timing parts
   correctness  check the kernels at realistic sizes: against float64, repeatedly, in CUDA graphs, on two streams
   timing       measure device time, wall time and memory of every operator of this library, and of the same
@@ -9,18 +9,18 @@
   training     train for a short time on each available dataset
   sanitizer    run compute-sanitizer on a small call to each operator
 
-OUT receives summary.md, results.json, timing.csv, models.csv, correctness.csv, tune.csv, logs.zip and pictures.zip. All except
-pictures.zip are written after every part, and every {noted} seconds while a part runs. pictures.zip is written at the end. The
-summary names everything that was skipped for lack of time, memory or a package. It also names every job whose process died, for
-example in a crash. A new process then continues with the next job. If a failed CUDA graph capture makes a process unusable, the
-new process first repeats the job without a graph. A part is abandoned after three processes in a row die without a successful
-job.
+The folder OUT receives summary.md, results.json, timing.csv, models.csv, correctness.csv, tune.csv, logs.zip and pictures.zip.
+All except pictures.zip are written after every part, and every {noted} seconds while a part runs. pictures.zip is written at
+the end. The summary names everything that was skipped for lack of time, memory or a package. It also names every job whose
+process died, for example in a crash. A new process then continues with the next job. If a failed CUDA graph capture makes a
+process unusable, the new process first repeats the job without a graph. A part is abandoned if three processes in a row die
+before any of their jobs succeeds.
 
 Exit status: 0 on success; {failed} if a part failed or the run was stopped; {usage} for wrong arguments; {unavailable} if the
-kernels cannot run on this machine or the GPU has too little memory, in which case one line says why.
+kernels cannot run on this machine or the GPU has too little memory. In this case, one line says why.
 
 To keep a run, copy OUT to bench/results/<gpu-slug>/<YYYY-MM-DD>-<commit>/, such as bench/results/h100-sxm/2026-01-31-1a2b3c4/,
-and commit it: `vix dev roofline` then prints the measured times next to the predicted ones.
+and commit it. `vix dev roofline` then prints the measured times next to the predicted times.
 
 The parts run one after the other, each in a separate process with a time limit.
 """
@@ -56,7 +56,7 @@ TOTAL = 520
 GRACE = 10  # seconds that a part has after its deadline to finish its job
 NOTED = 10  # seconds between reports while a part runs; if this process dies, only the results since the last report are lost
 FEWEST = 5  # seconds that must remain to start a process
-BARREN = 3  # a part is abandoned after this many processes in a row die without an ok row
+BARREN = 3  # a part is abandoned if this many processes in a row die without an ok row
 INJECTED = ("crash", "kill", "capture", "hang", "error")
 FAILED, USAGE, UNAVAILABLE = 1, 200, 201
 
@@ -148,7 +148,7 @@ def measure(args: argparse.Namespace, deadline: float, machine: Row, outcomes: l
     """Run the parts. As results arrive, update `outcomes` and write the files in `args.out`."""
     chosen = [part for part in PARTS if part in args.only]
     for at, part in enumerate(chosen):
-        # Each part gets a fraction of the remaining time, so later parts can use the time that earlier parts left over.
+        # Each part gets a fraction of the remaining time, so later parts can use the time that earlier parts did not need.
         seconds = (deadline - time.monotonic()) * PARTS[part] / sum(PARTS[each] for each in chosen[at:])
 
         def note(so_far: Outcome, done: int = at) -> None:
@@ -167,7 +167,7 @@ def measure(args: argparse.Namespace, deadline: float, machine: Row, outcomes: l
 def run(
     part: str, seconds: float, work: Path, dry: bool, inject: str = "", note: Callable[[Outcome], None] = lambda so_far: None
 ) -> Outcome:
-    """Run one part. If a job crashes its process, a new process continues with the next job.
+    """Run one part and return the outcome. If a job crashes its process, a new process continues with the next job.
 
     The part must finish within `seconds` seconds, and is killed GRACE seconds after this deadline. While the part runs, `note`
     is called with the outcome so far.
@@ -212,7 +212,7 @@ def run(
 
 
 def process(part: str, plan: Plan, log: Path, receive: Callable[[Any], None], look: Callable[[], None]) -> int | None:
-    """Run a part in a process and return its exit status, or None if it was killed GRACE seconds after its deadline.
+    """Run a part in a new process. Return the exit status, or None if the process is killed GRACE seconds after the deadline.
 
     `receive` is called with every record that the process sends: the number and name of each job, then the rows of the job.
     `look` is called every NOTED seconds while the process runs.
@@ -247,7 +247,7 @@ def process(part: str, plan: Plan, log: Path, receive: Callable[[Any], None], lo
 
 
 def how(code: int | None, log: Path) -> str:
-    """Describe how a process ended."""
+    """Return a description of how a process ended."""
     # The process creates the log, so there is no log if the process ended too early.
     lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
     text = (lines or ["no output"])[-1]
@@ -257,7 +257,7 @@ def how(code: int | None, log: Path) -> str:
 
 
 def outcome_of(part: str, rows: list[Row], ended: str, seconds: float) -> Outcome:
-    """Return the outcome of a part with these rows. `ended` says how its last process failed, or is "" if it did not fail."""
+    """Return the outcome of a part with these rows. `ended` says how the last process failed, or is "" if it succeeded."""
     wrong = [row for row in rows if row["status"] == "failed"]
     if ended or wrong:
         first = f"{len(wrong)} failed, first: {report.label(wrong[0])}: {wrong[0]['why']}" if wrong else ""

@@ -39,7 +39,10 @@ def rows(plan: Plan) -> Iterator[Job]:
 
 
 def run(selection: tuple[str, ...], plan: Plan) -> Iterator[Row]:
-    """Run pytest once. If time runs out, report the outcomes that were printed by then."""
+    """Run pytest once. Yield a row for each failed test and a row with the counts.
+
+    If time runs out, only finished tests count.
+    """
     if not find_spec("pytest"):
         yield skipped("pytest is not installed")
         return
@@ -63,7 +66,7 @@ def run(selection: tuple[str, ...], plan: Plan) -> Iterator[Row]:
 
 
 def outcomes_of(text: str) -> dict[str, str]:
-    """Parse the output of `pytest -v`. Return a dictionary that maps the name of each test to its outcome.
+    """Parse the output of `pytest -v`. Return a dict that maps the name of each test to its outcome.
 
     The outcome is printed after the name of the test, or before it under xdist.
     """

@@ -1,4 +1,4 @@
-"""Measure the device and wall times of every operator, and the peak rates of the machine.
+"""Measure the device and wall times of every operator, and the machine's peak memory bandwidth and FLOP/s.
 
 Primitives (vix_kernels.primitives) are measured only with Triton. All other operators are measured with all providers (see
 vix_kernels/measure/providers.py).
@@ -65,7 +65,7 @@ def everyone(op: str) -> tuple[str, ...]:
 
 
 def ceilings(plan: Plan) -> Iterator[Row]:
-    """Measure this machine's peak memory bandwidth with copies, and its peak FLOP/s with products of random matrices."""
+    """Yield rows with the peak memory bandwidth, measured with copies, and the peak FLOP/s, measured with matmuls."""
     bandwidth = copy_bandwidth(plan.device, 2**10 if plan.dry else 2**30)
     yield ok(op="copy", provider="torch", figure=bandwidth / 1e9, unit="GB/s, read and written")
     for dtype in ("bf16", "fp32"):

@@ -30,7 +30,7 @@ from .vix import ViX
 
 __all__ = ["ORIGINALS", "from_original"]
 
-# State dict entries that may be missing: the rotary table, which is computed, and batch norm's counter, which is not used.
+# State dict entries that may be missing: the rotary table, which is computed, and num_batches_tracked, which is not used.
 _DERIVED = ("layer_pos_emb.emb", "num_batches_tracked")
 
 
@@ -107,8 +107,8 @@ def from_original(
     Args:
         name: the name of the original, such as "ViP" or "wheel_ViP".
         config: the original's constructor arguments.
-        state_dict: the original's state_dict. The rotary table and batch norm's counters may be missing. The unused
-            `pos_embedding` of rotary ViTs and ViLs, including hybrids, is ignored.
+        state_dict: the original's state_dict. The entries `layer_pos_emb.emb` (the rotary table) and `num_batches_tracked` may
+            be missing. The unused `pos_embedding` of rotary ViTs and ViLs, including hybrids, is ignored.
         backend: "reference" runs the published computation, for comparison. "auto", "triton" and "torch" run the operators of
             vix_kernels where these compute the same function; see originals/mixers.py.
 
@@ -150,7 +150,7 @@ _SPREAD = {
 
 @torch.no_grad()
 def drawn(model: nn.Module) -> nn.Module:
-    """Initialize the tensors that `build` leaves uninitialized in `model`, so that it can be trained. Return `model`."""
+    """Initialize the tensors of `model` that `build` leaves uninitialized, so that the model can be trained. Return `model`."""
     for name, x in (*model.named_parameters(), *model.named_buffers()):
         last = name.rpartition(".")[2]
         if last in _SPREAD:

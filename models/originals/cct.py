@@ -119,8 +119,8 @@ class CCT(nn.Module):
     """The original CCT, CCN or CCP, depending on `attention`.
 
     Maps images (batch, n_input_channels, img_size, img_size) to logits (batch, num_classes). The original models accept
-    `mlp_radio` and `stochastic_depth` but ignore them. The MLP ratio is 4 unless passed as `mlp_ratio`, and stochastic depth
-    rates always increase from 0 to 0.1. Dropout is applied only in CompactAttention.
+    `mlp_radio` (sic) and `stochastic_depth` but ignore them. The stochastic depth rates always increase linearly from 0 to 0.1.
+    Dropout is applied only in CompactAttention.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""FNet2D: Fourier mixing of whole feature maps, over channels, rows and columns."""
+"""FNet2D: Fourier transforms of feature maps over channels, rows and columns."""
 
 from __future__ import annotations
 

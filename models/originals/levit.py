@@ -23,7 +23,7 @@ def performer(dim: int, heads: int, backend: str) -> Mixer:
 class LeViT(nn.Module):
     """The original LeViN or LeViP, depending on `attention`. Maps images (batch, 3, height, width) to logits.
 
-    If num_distill_classes is set, the model returns (logits, logits of the distillation head). The original models also accept
+    If num_distill_classes is set, the model returns (logits, logits of the distillation head). The original models accept
     `dim_key`, `dim_value` and `image_size`, but do not use them, so `from_original` drops them. Only one stage is supported, as
     in the published models. In the original code, additional stages neither downsample the feature map nor change its number
     of channels. `dropout` is applied in the feed-forward networks.

@@ -89,9 +89,9 @@ class NystromAttention(Mixer):
 
     The pseudo-inverse has six iterations, and the convolution of the values covers 33 tokens. The front of the sequence is
     padded with all-zero tokens to a multiple of the number of landmarks. The softmax, the landmarks and the rotary embedding
-    treat these tokens like the others. For example, a class token and 1024 pixels are padded with 63 all-zero tokens, so the
-    class token is rotated as the 64th token. The pseudo-inverse is initialized with a maximum over the batch, so the output for
-    a sample depends on the rest of its batch.
+    treat these tokens like all other tokens. For example, a class token and 1024 pixels are padded with 63 all-zero tokens, so
+    the class token is rotated as the 64th token. The pseudo-inverse is initialized with a maximum over the batch, so the output
+    for a sample depends on the rest of its batch.
 
     nystrom_attention does not support fewer tokens than landmarks. In this case, the reference implementation runs.
     """
@@ -143,7 +143,7 @@ class LinformerAttention(Mixer):
     """The attention layer of ViL. Keys and values are projected along the token dimension to `k` tokens.
 
     With `share_kv`, the keys before rotation are also the values, and keys and values share one projection. With `one_kv_head`,
-    all query heads share one key and value head. Dropout is applied to the attention weights, and not after the output
+    all query heads share one key head and one value head. Dropout is applied to the attention weights, and not after the output
     projection. While dropout is active, the reference implementation runs, because linformer_attention has no dropout.
     """
 
@@ -190,7 +190,7 @@ class LinformerAttention(Mixer):
 
 
 class PerformerAttention(Mixer):
-    """The attention layer of ViP, with biases in the layers for q, k and v, and without dropout.
+    """The attention layer of ViP, with biases in the q, k and v projections, and without dropout.
 
     All heads use the same int(d ln d) random features, where d is the head width. The attention runs in plain PyTorch with
     every backend; see RandomFeatures.

@@ -40,9 +40,9 @@ class ViX(nn.Module):
     """The class of all models in this file. Maps images (batch, channels, *image_size) to logits (batch, num_classes).
 
     The class token is at position 0. In models that are not rotary, all tokens, including the class token, have learned
-    position embeddings. Rotary models instead rotate queries and keys by their one-dimensional positions in the flattened
-    image. The only norm after the residual layers is in the head. pool="mean" averages all tokens, including the class token.
-    `emb_dropout` is applied after the position embedding. `dropout` is applied in the feed-forward networks and, in all
+    position embeddings. Rotary models instead rotate the query and key of each token according to the token's position in the
+    sequence. The only norm after the residual layers is in the head. pool="mean" averages all tokens, including the class
+    token. `emb_dropout` is applied after the position embedding. `dropout` is applied in the feed-forward networks and, in all
     variants of ViT and ViL, in the attention layers.
 
     Args:
@@ -153,7 +153,7 @@ def linformer(
 
 
 def linformer_of_one_head(dim: int, tokens: int, dropout: float, backend: str, *, heads: int, dim_head: int = 64) -> nn.Module:
-    """Create the mixer of ViL: one key head, which also provides the values, and 64 projected tokens. `tokens` must be 1025."""
+    """Create the mixer of ViL: one key head with 64 projected keys, which are also the values. `tokens` must be 1025."""
     _check_1025(tokens)
     return linformer(dim, tokens, dropout, backend, heads=heads, dim_head=dim_head)
 

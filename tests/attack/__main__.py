@@ -113,7 +113,7 @@ def attack(options: argparse.Namespace) -> int:
 
 
 def examples(strategy: Any, seed: int, number: int) -> Iterator[Any]:
-    """Yield a few distinct examples from a strategy. They are not shrunk, because shrinking would run a case many times."""
+    """Yield up to `number` distinct examples from a strategy. Shrinking is disabled, because it would run a case many times."""
     import hypothesis
 
     found: list[Any] = []

@@ -1,8 +1,8 @@
 """Invalid calls generated from signatures. Each call passes one value that a parameter must reject.
 
-The annotation and the name of a parameter determine the values. All parameters of all public functions are tested. Each call
-must raise one of the errors in `NAMED`, with a message that names the argument. Parameters of type bool are exempt, because
-every Python value has a truth value.
+The annotation and the name of a parameter determine the invalid values. All parameters of all public functions are tested.
+Each call must raise one of the errors in `NAMED`, with a message that names the argument. Parameters of type bool are exempt,
+because every Python value has a truth value.
 """
 
 from __future__ import annotations
@@ -295,7 +295,7 @@ def check(label: str, target: Target) -> list[str]:
 
 
 def unconstrained(label: str, name: str) -> bool:
-    """Return whether this tensor may differ from the other tensors in floating-point dtype and device."""
+    """Return whether the argument `name` of the function `label` may differ from other tensors in float dtype and device."""
     return label in ("fourier_mixing", "FourierMixing.forward", "Rope.of", "rope_mixed") or name == "conv_weight"
 
 
@@ -320,7 +320,7 @@ def first_line(error: Exception) -> str:
 
 
 def check_double_backward(backend: str) -> list[str]:
-    """Return one line for each op whose double backward does not behave as documented.
+    """Return a message for each op whose double backward does not behave as documented.
 
     It must succeed with backend="reference". With the other backends, it must raise an error that mentions "reference".
     """

@@ -1,4 +1,4 @@
-"""Float64 definitions of every public op, written from the papers. They share no code with the library.
+"""Definitions of every public op in float64, written from the papers. They share no code with the library.
 
 The definitions materialize all matrices of attention weights. All tensors are float64. Masks are bool and True for valid
 tokens. Masked tokens must be finite, so callers fill them with zeros.
@@ -18,16 +18,17 @@ INFINITY = float("inf")
 
 @dataclass(frozen=True)
 class How:
-    """Changes to a definition that simulate rounding errors.
+    """Changes to a definition, for estimating the effect of rounding errors.
 
     Attributes:
-        fixed_totals: whether to treat the denominators of all normalizations as constants. This does not change outputs. It
-            removes the subtractions from the gradients, so the gradients show the size of the terms that otherwise cancel.
-        stored: function applied to rotated tokens, landmarks and projected keys, which the library stores in the tokens' dtype.
+        fixed_totals: whether to treat the denominators of all normalizations as constants. This does not change outputs, but
+            it removes the subtractions from the gradients. The gradients then show the size of the terms that otherwise cancel.
+        stored: function applied to rotated tokens, landmarks and projected keys, which the library stores in the dtype of q.
         logits: function applied to the logits of each softmax, because the library rounds each logit.
         products: function applied to the matrix products in the pseudo-inverse iterations.
-        sums: function applied to the column sums of softmax(q~ k~). The initial matrix of the iterations is divided by the
-            largest sum, so the gradient is discontinuous where the two largest sums are equal.
+        sums: function applied to the column sums of the attention matrix between the landmarks. The initial matrix of the
+            pseudo-inverse iterations is divided by the largest sum, so the gradient is discontinuous where the two largest sums
+            are equal.
     """
 
     fixed_totals: bool = False
@@ -73,7 +74,7 @@ def angles_1d(tokens: int, dim: int, base: float) -> Tensor:
 
 
 def angles_axial(height: int, width: int, dim: int, base: float) -> Tensor:
-    """Return axial angles in a tensor (1, height * width, dim / 2).
+    """Return the angles of axial RoPE in a tensor (1, height * width, dim / 2).
 
     The column index determines the angles of the first half of the channel pairs, and the row index those of the second half.
     """
@@ -83,14 +84,17 @@ def angles_axial(height: int, width: int, dim: int, base: float) -> Tensor:
 
 
 def angles_mixed(height: int, width: int, frequencies: Tensor) -> Tensor:
-    """Return the angles theta_{h,t,i} = x w^x_{h,i} + y w^y_{h,i} in a tensor (heads, height * width, R / 2)."""
+    """Return the angles theta_{h,t,i} = x w^x_{h,i} + y w^y_{h,i} in a tensor (heads, height * width, R / 2).
+
+    R is the number of rotated channels. `frequencies` (2, heads, R / 2) contains w^x and w^y.
+    """
     x = torch.tensor([float(x) for _ in range(height) for x in range(width)], dtype=torch.float64)
     y = torch.tensor([float(y) for y in range(height) for _ in range(width)], dtype=torch.float64)
     return torch.einsum("t,hi->hti", x, frequencies[0]) + torch.einsum("t,hi->hti", y, frequencies[1])
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
-    """Rotate the last tokens of x with tables of shape (heads or 1, tokens, R / 2).
+    """Rotate the last tokens of x with the tables cos and sin of shape (heads or 1, tokens, R / 2).
 
     Earlier tokens, and the channels from R upward, are not rotated.
     """
@@ -187,18 +191,21 @@ def segments(tokens: int, count: int) -> list[range]:
 
 
 def adaptive(size: int, count: int) -> list[range]:
-    """Return the windows of adaptive average pooling."""
+    """Return the `count` windows of adaptive average pooling over `size` positions."""
     return [range(j * size // count, -((-(j + 1) * size) // count)) for j in range(count)]
 
 
 def nearest_grid(count: int, rows: int, columns: int) -> tuple[int, int] | None:
-    """Return the factors of `count` that divide the grid into the most nearly square cells, or None if no factors fit."""
+    """Return the pair (a, b), with a * b = `count`, for which a x b cells in the grid are closest to squares.
+
+    Return None if no pair fits the grid.
+    """
     fits = [(a, count // a) for a in range(1, rows + 1) if count % a == 0 and count // a <= columns]
     return min(fits, key=lambda fit: abs(math.log((rows / fit[0]) / (columns / fit[1]))), default=None)
 
 
 def windows_of(tokens: int, count: int, *, prefix: int = 0, grid: tuple[int, int] | None = None) -> list[list[int]]:
-    """Return, for each landmark, the indices of the tokens that it averages."""
+    """For each landmark, return the indices of the tokens in its window."""
     singles = [[t] for t in range(prefix)]
     if grid is None:
         return singles + [[prefix + t for t in window] for window in segments(tokens - prefix, count)]

@@ -1,7 +1,7 @@
 """Corrupted files for every reader. A reader must return a result or raise one of its documented errors.
 
-Any other exception, a hang, a huge allocation, or the execution of code from the file is a violation. A reader must reject,
-or list as unreadable, a file that is empty, was replaced with unrelated text, or contains pickled code.
+Any other exception, a hang, a huge allocation, or the execution of code from the file is a violation. If a file is empty, was
+replaced with unrelated text, or contains pickled code, the reader must reject it or list it as unreadable.
 
 `check(damage)` returns the violations that one `Damage` causes. `damages(reader)` is the hypothesis strategy that draws
 `Damage` objects.
@@ -41,13 +41,13 @@ from vix_kernels.training.data import Dataset, load_dataset
 from vix_kernels.training.trained import load_trained
 
 UNREAD = (".md", ".csv", ".yaml")  # suffixes of files that are ignored when a run or model is loaded
-SECONDS = 20  # a read that takes longer counts as a hang
-MEMORY = 2**31  # bytes that a read may allocate; larger allocations fail
+SECONDS = 20  # if reading takes longer, it counts as a hang
+MEMORY = 2**31  # bytes that a reader may allocate; larger allocations fail
 TINY = dict(embed_dim=8, depth=1, num_heads=1, patch_size=4, img_size=8, num_classes=2)
 
 
 class Hang(BaseException):
-    """Raised if a read takes too long. It is a BaseException, because readers convert exceptions to documented errors."""
+    """Raised if reading takes too long. It is a BaseException, because readers convert exceptions to documented errors."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Damage:
 
 @dataclass(frozen=True)
 class Reader:
-    """A reader under test. `make` writes intact files to a folder. `read` reads them and may raise only `errors`."""
+    """A reader under test. `make` writes valid files to a folder. `read` reads them and may raise only `errors`."""
 
     make: Callable[[Path], None]
     read: Callable[[Path], Any]
@@ -273,7 +273,10 @@ def damaged(content: bytes, path: Path, kind: str, draws: random.Random, marker:
 
 
 def evil_member(content: bytes, marker: str) -> bytes:
-    """Return a file that contains a pickled `Evil`: a pack or a checkpoint if `content` is one, otherwise a pickled dict."""
+    """Return a file that contains a pickled `Evil`.
+
+    If `content` is an .npz dataset or a checkpoint, its format is kept. Otherwise, the result is a pickled dict.
+    """
     if content[:2] != b"PK":
         return pickle.dumps({b"data": Evil(marker), b"labels": [0], b"label_names": Evil(marker)})
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -290,10 +293,9 @@ STRANGE: tuple[Any, ...] = (None, -1, 10**12, 1.5, float("nan"), "nope", "", b"x
 
 
 def other_values(content: bytes, path: Path, draws: random.Random) -> bytes:
-    """Return content in the same format with one value removed or changed.
+    """Return a copy of `content` with one value removed or changed, in the same format.
 
-    In YAML, CSV and text files, one line is replaced instead, which may break the format. If the format is unknown, the bytes
-    are reversed.
+    In YAML, CSV and text files, one line is replaced, which may break the format. In unknown formats, the bytes are reversed.
     """
     if content[:2] == b"PK":
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -359,7 +361,7 @@ def damages(draw: st.DrawFn, reader: str) -> Damage:
 
 @cache
 def intact(reader: str) -> Path:
-    """Return a folder of intact files. They are written once per reader."""
+    """Return a folder with valid files for `reader`. They are written only once."""
     parent = tempfile.mkdtemp(prefix="vix-attack-")
     atexit.register(shutil.rmtree, parent, ignore_errors=True)
     folder = Path(parent) / "files"
@@ -393,7 +395,7 @@ def limits() -> Iterator[None]:
 
 
 def check(damage: Damage) -> list[str]:
-    """Corrupt a file as described by `damage`, read it, and return the violations, one line each."""
+    """Corrupt a file as described by `damage`, read it, and return a message for each violation."""
     reader = READERS[damage.reader]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "files"

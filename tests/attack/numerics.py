@@ -1,12 +1,12 @@
-"""Random cases for each op. Outputs and the gradients of all differentiable inputs are compared with a float64 definition.
+"""Random cases for each op. Outputs and gradients are compared with those of a definition in float64 (definitions.py).
 
-`check(case)` returns one line for each failed check of a `Case`. `cases(op, backend)` is the hypothesis strategy that draws
-cases.
+The gradients are those of all differentiable inputs. `check(case)` returns a message for each failed check of a `Case`.
+`cases(op, backend)` is the hypothesis strategy that draws cases.
 
 The error budget is the largest error that is allowed. It is twice the error of plain PyTorch in the same precision, plus an
-allowance for rounding, because PyTorch's error may be small by chance, or even 0. The allowance covers a few rounding errors of
-the terms that cancel, in the dtype of the result. It also covers the effects of simulated rounding errors in inputs and
-intermediate results.
+allowance for rounding, because PyTorch's error may be small by chance, or even 0. The allowance covers a few rounding errors in
+the dtype of the result, relative to the size of the summed terms before they cancel. It also covers the effects of simulated
+rounding errors in inputs and intermediate results.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ class Problem:
     """The tensors and functions of a case.
 
     Attributes:
-        tensors: differentiable inputs, by name. Masked elements of k, v and agents are 0. If `case.junk` is set, those of q and
-            x are 0, too. `Trial.attempt` writes `case.junk` to copies of the tensors.
+        tensors: differentiable inputs, by name. Masked elements of k, v and agents are 0. If `case.junk` is set, masked
+            elements of q and x are 0, too. `Trial.attempt` sets all masked elements to `case.junk` in copies of the tensors.
         run: function that computes the library's output from (tensors, backend).
         define: function that computes the exact output from (float64 tensors, how).
         hidden: for each tensor name or "out", a mask that is True for masked elements.
@@ -295,8 +295,8 @@ def attention(
     """Return the inputs and the definition of an op.
 
     Returns:
-        The tensors other than q, k and v, the options of the library's function, and a function that computes the definition
-        from all tensors, including rotated q and k.
+        The tensors other than q, k and v; the options of the library's function; and a function that evaluates the definition.
+        The first argument of this function contains all tensors, with q and k already rotated.
     """
     scale = case.scale or case.width**-0.5
     scaled = {} if case.scale is None else {"scale": case.scale}
@@ -461,7 +461,7 @@ def pooled_agents(case: Case, q: Tensor, rotated_qkv: dict[str, Tensor], mask: T
 
 
 def placed(x: Tensor, memory: str, junk: float = float("nan")) -> Tensor:
-    """Return a tensor with the values of `x` in the layout `memory`. Unused elements of its storage are set to `junk`."""
+    """Return a tensor with the values of `x` in the layout `memory`. Unused elements of the storage are set to `junk`."""
     if memory == "transposed":  # tokens before heads, like the output of a linear layer
         if x.dim() < 2:
             return x
@@ -554,7 +554,7 @@ class Trial:
 
 
 def rows(x: Tensor) -> float:
-    """Return the largest norm of any row."""
+    """Return the largest norm of the rows of `x`."""
     return x.double().norm(dim=-1).max().item()
 
 
@@ -588,7 +588,7 @@ def rounding(eps: float, alike: tuple[int, ...] = (), step: float = 0.0) -> Nois
 
 
 def stored_as(dtype: torch.dtype) -> Noise:
-    """Return a function that adds the rounding errors of storing a tensor and its gradient in `dtype`.
+    """Return a function that adds simulated rounding errors to a tensor and its gradient, as if they were stored in `dtype`.
 
     Subnormal numbers have a fixed spacing, so the errors also include an absolute term.
     """
@@ -605,7 +605,7 @@ def stored_as(dtype: torch.dtype) -> Noise:
 
 
 def check(case: Case) -> list[str]:
-    """Return one line for each failed check of `case`."""
+    """Return a message for each failed check of `case`."""
     try:
         trial = Trial(case)
     except Exception as error:  # all cases are valid, so an error is a failed check
@@ -628,8 +628,8 @@ def compared(trial: Trial, actual: Results, plain: Results) -> list[str]:
 
     Where large logits are nearly equal, one rounding error can change the whole result, and the reference may have a small
     error only by chance. A failed comparison is therefore repeated with more simulated rounding errors, and with the errors of
-    the reference on nearby inputs, which differ by one rounding error. Non-finite results are always reported. Other failures
-    are reported only if they also occur for most nearby inputs.
+    the reference on nearby inputs (the inputs perturbed by one rounding error). Non-finite results are always reported. Other
+    failures are reported only if they also occur for most nearby inputs.
     """
     exact = trial.exact(trial.tensors)
     names, most = list(exact), torch.finfo(trial.computed).max / 4
@@ -673,7 +673,7 @@ def beyond(
     trial: Trial, name: str, actual: Tensor, exact: Tensor, terms: list[Results], rounded: list[Results],
     references: list[tuple[Results, Results]],
 ) -> list[str]:  # fmt: skip
-    """Return one line for each sample that exceeds the error budget. A result without a batch dimension is one sample."""
+    """Return a message for each sample whose error exceeds the budget. A result without a batch dimension is one sample."""
     skip = trial.problem.hidden[name] if name in trial.problem.ignored else None
 
     def samples(x: Tensor) -> Tensor:

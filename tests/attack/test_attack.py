@@ -1,4 +1,4 @@
-"""A small fixed sample of random cases. `make attack` tests new random cases until a time limit."""
+"""A small fixed sample of random cases. `make attack` tests new random cases for a given time."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A pytest plugin that runs diffusers' tests with replaced self-attention. Its setting is an environment variable.
+"""A pytest plugin that runs diffusers' tests with replaced self-attention. It reads one environment variable:
 
-VIX_REPLACE: the operator, such as nystrom, that replaces self-attention in each model after its creation.
+VIX_REPLACE: the operator, such as nystrom, that replaces self-attention in each newly created model.
 """
 
 from __future__ import annotations

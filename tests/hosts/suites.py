@@ -16,7 +16,7 @@ class Expected:
     Attributes:
         pattern: matches the name of a test, such as "tests.test_models::test_model_forward[1-vix_vin_tiny]".
         kind: the unsupported feature that the tests need.
-        reason: why it is not supported, or how to avoid the failure.
+        reason: why the feature is not supported, or how to avoid the failure.
     """
 
     pattern: str
@@ -36,8 +36,8 @@ class Suite:
         plugin: the pytest plugin that replaces the tested models, or their attention layers.
         files: test files, relative to the folder of the host library.
         settings: environment variables for the plugin.
-        before: the variables for a second run without this library, or None if the tested models are from this library.
-        expected: tests that may fail.
+        before: environment variables for a second run without this library, or None if the tested models are from this library.
+        expected: the tests that are expected to fail.
     """
 
     package: str
@@ -49,7 +49,7 @@ class Suite:
 
 
 def modeling(*names: str) -> tuple[str, ...]:
-    """Return the test files of these transformers models."""
+    """Return the test files of the transformers models `names`."""
     return tuple(f"tests/models/{name}/test_modeling_{name}.py" for name in names)
 
 

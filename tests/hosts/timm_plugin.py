@@ -1,4 +1,4 @@
-"""A pytest plugin that runs timm's tests on selected models. Its settings are environment variables.
+"""A pytest plugin that runs timm's tests on selected models. It reads two environment variables:
 
 VIX_MODELS: names of the models to test, separated by commas. The tests of other models are not collected.
 VIX_REPLACE: the operator, such as nystrom, that replaces softmax attention in these models. If empty, nothing is replaced.
@@ -33,8 +33,8 @@ def chosen(
 ) -> list[str]:  # fmt: skip
     """Return the models in MODELS that the arguments select. This function replaces timm.list_models.
 
-    The models of vix_kernels are treated like timm's vision transformers. All feature extraction tests apply to them, but only
-    those configuration tests that are for models with tokens.
+    The models of vix_kernels are treated like timm's vision transformers. They take part in all feature
+    extraction tests, and in the configuration tests for models whose features are tokens.
     """
     if pretrained:
         return []

@@ -1,7 +1,7 @@
-"""A pytest plugin that runs transformers' tests with attention from this library. Its settings are environment variables.
+"""A pytest plugin that runs transformers' tests with attention from this library. It reads two environment variables:
 
 VIX_ATTENTION: the attention implementation that models use instead of their default, such as "vix_nystrom".
-VIX_PATCH: if set, every Nystromformer and FNet model is patched after its creation.
+VIX_PATCH: if set, every newly created Nystromformer and FNet model is patched.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def use(attention: str) -> None:
-    """Make all models use `attention`, except in tests whose names contain an entry of SELECTION.
+    """Make `attention` the default of all models, except in tests whose names contain an entry of SELECTION.
 
-    Models with "eager" also use `attention`, because most tests select "eager" only to get attention weights.
+    `attention` also replaces "eager", because most tests select "eager" only to get attention weights.
     """
     vix.register()
     correct = PreTrainedModel.get_correct_attn_implementation

@@ -93,9 +93,9 @@ def aggregate_backward(
     dk_n = s sum_j dl_jn p_j - s^2 k_n sum_j dl_jn (second term only if gaussian)    dp_j = s sum_n dl_jn k_n
 
     Here s = scale, and dl_jn is the gradient of the logit in base e. With the same number of threads, the base-2 logits l_jn
-    are bit-identical to those of the forward pass, because both passes compute the same products of the same operands. So the
-    probabilities P_jn = exp2(l_jn - row_max_j) / total_j sum to 1, even for large logits. The function divides dvalues and dlse
-    by total_j in advance.
+    are bit-identical to those of the forward pass, because both passes call `_key_logits` with the same arguments. Therefore,
+    the probabilities P_jn = exp2(l_jn - row_max_j) / total_j sum to 1, even for large logits. The function divides dvalues and
+    dlse by total_j in advance.
     """
     all_slots = expand_slots(slots, k)
     scaled, rope = all_slots * scale, Rotation(rotary, all_slots.dtype)
@@ -143,7 +143,10 @@ def aggregate_backward(
 def _key_logits(
     p: Tensor, keys: Tensor, tile: Tile, mask: Tensor | None, scale: float, gaussian: bool, square: Scratch, rows: Scratch
 ) -> Tensor:
-    """Return l_jn for a tile, (pairs, M, tokens), in base 2. The forward and backward passes need bit-identical logits."""
+    """Return l_jn for a tile, (pairs, M, tokens), in base 2. A pair is a sample and a head.
+
+    The forward and backward passes need bit-identical logits.
+    """
     bias = _key_bias(keys, tile, mask, scale, gaussian, rows).unsqueeze(1)
     return torch.baddbmm(bias, p, keys.mT, alpha=scale * LOG2E, out=square(*p.shape[:2], keys.shape[1]))
 
@@ -162,10 +165,10 @@ def _key_bias(keys: Tensor, tile: Tile, mask: Tensor | None, scale: float, gauss
 
 
 def _row_products(x: Tensor, y: Tensor) -> Tensor:
-    """Return the dot products x_j . y_j of rows, (pairs, M, 1).
+    """Return the dot products x_j . y_j of the rows of x and y, (pairs, M, 1).
 
-    They are rounded like the products of gradients and v in aggregate_backward, so their difference is exactly 0 if a slot
-    attends to only one token.
+    They are rounded like the products dvalues_j . v_n in aggregate_backward, so dvalues_j . v_n - dvalues_j . values_j is
+    exactly 0 if slot j attends only to token n.
     """
     rows = x.shape[1]
     x, y = (F.pad(each, (0, 0, 0, -rows % 16)).unflatten(1, (-1, 16)) for each in (x, y))

@@ -38,7 +38,7 @@ def broadcast_forward(
     conv_weight: Tensor | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return out (B, H, N, E) in q's dtype, and empty tensors for row_max and inverse.
+    """Return out (B, H, N, E) in q's dtype, and two empty tensors in place of the statistics that the Triton kernel returns.
 
     The bias a_j is slot_bias (B, H, M), or 0 if slot_bias is None. If slot_bias is a mask (B, M), slots whose element is 0 have
     bias -inf, and all other slots have bias 0. A slot with bias -inf has probability 0. If all slots have bias -inf, the output
@@ -75,13 +75,13 @@ def broadcast_backward(
 
     dslots is empty unless needs[0] is set. dvalues and dslot_bias are empty unless needs[1] is set.
 
-    With s = scale:
+    With s = scale and P_nj = softmax_j(g_nj):
     dg_nj = P_nj dout_n . (values_j - out_n)    dvalues_j = sum_n P_nj dout_n
     dq_n = s sum_j dg_nj p_j    dp_j = s sum_n dg_nj q_n    da_j = ln 2 sum_n dg_nj
 
-    The softmax is recomputed, so `out` and `statistics` are not read. dout_n . out_n is computed as
-    sum_j P_nj dout_n . values_j, because `out` may be rounded to 16 bits. So sum_j dg_nj is 0, and dq is accurate even if slots
-    have a large common mean.
+    The function recomputes the softmax, and does not read `out` and `statistics`. It computes dout_n . out_n as
+    sum_j P_nj dout_n . values_j, not from `out`, which may be rounded to 16 bits. Therefore, sum_j dg_nj = 0 up to rounding
+    errors, and dq is accurate even if slots have a large common mean.
     """
     need_slots, need_values = needs
     all_slots = expand_slots(slots, q)
@@ -130,7 +130,7 @@ def _query_exps(queries: Tensor, pt: Tensor, bias: Tensor, scale: float, square:
 
 
 def _slot_bias(slot_bias: Tensor | None, slots: Tensor, q: Tensor) -> Tensor:
-    """Return the bias a_j (B, H, M)."""
+    """Return slot_bias expanded to (B, H, M). None becomes 0. A mask becomes 0 for valid slots and -inf for invalid slots."""
     if slot_bias is None:
         return q.new_zeros((), dtype=accumulator(q.dtype)).expand(*q.shape[:2], slots.shape[2])
     if slot_bias.dim() == 2:  # a mask

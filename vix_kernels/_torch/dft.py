@@ -11,11 +11,11 @@ GROUP_CPU = 1 << 19  # number of elements to transform at a time, so that they a
 
 
 def dft(x: Tensor, ortho: bool) -> Tensor:
-    """Evaluate the equation with a quarter of the work of a complex FFT. 16-bit inputs are transformed in float32.
+    """Return y, computed with a quarter of the work of a complex FFT. 16-bit inputs are transformed in float32.
 
-    Let w at (n, d) be the sum of x at (n, d) and x at (-n, -d). Then w has the same value at (n, d) and (-n, -d). So the
-    transform of w over the channels is Hermitian in n, and the transform of the result over the tokens is real. The first
-    transform needs only half of the rows, and the second transform needs only half of the columns.
+    Let w(n, d) = x(n, d) + x(-n, -d), so w(n, d) = w(-n, -d). Therefore, the transform of w over the channels is Hermitian in
+    n, and the transform of the result over the tokens is real. The first transform needs only half of the rows, and the second
+    transform needs only half of the columns.
     """
     batch, tokens, width = x.shape
     rows, columns = tokens // 2 + 1, width // 2 + 1

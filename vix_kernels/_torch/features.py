@@ -1,4 +1,7 @@
-"""Features of tokens in linear attention: rotation, projection and feature map. The backward pass recomputes them."""
+"""Features of tokens in linear attention: a feature map of the rotated and projected tokens.
+
+The backward pass recomputes the features.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ class Features:
         return dlogits.mul_(self._exp(logits) if self.elu else logits > 0)
 
     def _exp(self, logits: Tensor) -> Tensor:
-        """Return exp(min(logits, 0)), the slope of elu(x) + 1 at the logits. It never overflows."""
+        """Return exp(min(logits, 0)), the slope of elu(x) + 1 at the logits. The result never overflows."""
         torch.clamp(logits, max=0, out=self.third(*logits.shape))
         return self.third.apply(torch.exp)
 

@@ -54,7 +54,10 @@ def feed_forward_backward(
     dy: Tensor, x: Tensor, start: str, norm: Norm, weights: Weights, activation: str, scale: float, kept: Kept,
     factors: Tensor | None, dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Return dx, dgamma, dbeta, dw1, db1, dw2 and db2. `start` names the residual: "n", "x" or "residual"."""
+    """Return dx, dgamma, dbeta, dw1, db1, dw2 and db2.
+
+    `start` is the residual that was added: "n" (x after the layer norm), "x", or "residual" (a separate tensor).
+    """
     (gamma, beta, eps), (w1, b1, w2, b2), (inner, outer) = norm, weights, kept
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dw1, db1, dw2, db2 = (torch.zeros_like(each) for each in (w1, b1, w2, b2))
@@ -98,7 +101,7 @@ def feed_forward_backward(
 
 
 def _tiles(x: Tensor | None) -> Iterable[Tensor | None]:
-    """Split the tokens of x into tiles. If x is None, yield None for every tile."""
+    """Split the tokens of x into tiles. If x is None, yield None indefinitely."""
     return repeat(None) if x is None else x.flatten(0, -2).split(TOKENS_PER_THREAD * torch.get_num_threads())
 
 

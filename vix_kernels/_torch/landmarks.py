@@ -29,7 +29,7 @@ def landmarks_forward(
     rotary: Rotary | None,
     pool: Pool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return q_marks, k_marks (both in q's dtype), q_counts and k_counts. Without k, k_marks and k_counts are empty."""
+    """Return q_marks, k_marks (both in q's dtype), q_counts and k_counts. If k is None, k_marks and k_counts are empty."""
     rope = Rotation(rotary, accumulator(q.dtype))
     q_marks, q_counts = _means(q, q_mask, rope, pool)
     if k is None:
@@ -52,6 +52,7 @@ def landmarks_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return dq and dk. Gradients that `needs` does not request are empty.
 
+    For x = q and x = k:
     dx_n = dx_other_n + sum of (dmarks + dmarks_2)_j / counts_j over all windows j that contain token n
 
     With RoPE, the sum is rotated back. For a masked token, dx_n = dx_other_n.
@@ -84,9 +85,9 @@ def _sums(x: Tensor, pool: Pool) -> Tensor:
 
 
 def _spread_marks(marks: Tensor, other: Tensor | None, x: Tensor, pool: Pool) -> None:
-    """Set each token of x (..., N, D) to the sum of marks (..., L, D) over the windows that contain it, plus `other` (if any).
+    """Set each token of x (..., N, D) to the sum of the rows of `marks` (..., L, D) whose windows contain it.
 
-    This is the transpose of _sums.
+    If `other` (..., N, D) is given, add it to the result. Without `other`, this is the transpose of _sums.
     """
     prefix, rest = (None, None) if other is None else (other[..., : pool.prefix, :], _lines(other, pool))
     _plus(marks[..., : pool.prefix, :], prefix, x[..., : pool.prefix, :])
@@ -122,9 +123,10 @@ def _window_sums(x: Tensor, axis: int, count: int, adaptive: bool) -> Tensor:
 
 @cached_on_cpu
 def _overlapping_windows(size: int, count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return, for each window, its first short + 1 tokens, its last token, and whether it has only short + 1 tokens.
+    """Return token indices and a mask for windows of n or n + 1 tokens, where n = size // count + 1.
 
-    Here short = size // count, and a window has short + 1 or short + 2 tokens. Tokens are given by their index along the axis.
+    The results are the indices of the first n tokens of all windows, the index of the last token of each window, and a mask
+    that is True for windows of n tokens.
     """
     window = torch.arange(count, device=device)
     first, last = window * size // count, ((window + 1) * size - 1) // count
@@ -133,9 +135,9 @@ def _overlapping_windows(size: int, count: int, device: torch.device) -> tuple[T
 
 
 def _spread(marks: Tensor, axis: int, adaptive: bool, other: Tensor | None, out: Tensor) -> None:
-    """Set each token of `out` to the sum of the marks of the windows that contain it, plus `other` (if any).
+    """Set each token of `out` to the sum of the rows of `marks` whose windows contain it, plus `other` (if any).
 
-    Tokens and windows are numbered along `axis`, a negative index.
+    `axis`, a negative index, is the dimension of the windows in `marks` and of the tokens in `out`.
     """
     size, count = out.shape[axis], marks.shape[axis]
     short, longer = divmod(size, count)

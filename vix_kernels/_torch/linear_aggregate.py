@@ -46,6 +46,7 @@ def linear_aggregate_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dslots, dk and dv. Gradients that `needs` does not request are empty.
 
+    With the logits l_jn = p_j . k_n:
     dl_jn = phi'(l_jn) (dS_j . v_n + dz_j)      dv_n = sum_j f_jn dS_j      dk_n = sum_j dl_jn p_j      dp_j = sum_n dl_jn k_n
     """
     need_slots, need_k, need_v = needs

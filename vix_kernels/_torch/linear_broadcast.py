@@ -48,18 +48,18 @@ def linear_broadcast_backward(
 
     dslots is empty unless needs[0] is set. dsums and dnorms are empty unless needs[1] is set.
 
-    With the denominator t_n and d_n = dout_n / t_n:
+    With the logits l_nj = p_j . q_n, the denominator t_n, and d_n = dout_n / t_n:
     dl_nj = phi'(l_nj) (d_n . S_j - z_j d_n . out_n)      dq_n = sum_j dl_nj p_j      dp_j = sum_n dl_nj q_n
     dS_j = sum_n f_nj d_n      dz_j = -sum_n f_nj d_n . out_n
 
-    d_n . out_n is computed as sum_j f_nj d_n . S_j / t_n, because `out` may be rounded to 16 bits. S, z and t are scaled so
-    that the largest t of each sample and head is about 1. Otherwise, d_n would overflow if all features were small.
+    d_n . out_n is computed as sum_j f_nj d_n . S_j / t_n, not from out_n, which may be rounded to 16 bits. S, z and t are
+    scaled so that the largest t of each sample and head is about 1. Otherwise, d_n would overflow if all features were small.
     """
     need_slots, need_sums = needs
     features_of = Features(slots, q, rotary, feature_map)
     size = torch.where(total.isfinite(), total, 0).amax(-1, keepdim=True)  # (B, H, 1)
     size = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent)  # power of two for exact divisions, or 1 if size is 0
-    least = 1e8 * torch.finfo(total.dtype).tiny  # a token whose scaled denominator is smaller gets gradient 0
+    least = 1e8 * torch.finfo(total.dtype).tiny  # tokens with a smaller scaled denominator have gradient 0
     sums, norms, total = wide(sums) / size.unsqueeze(3), norms / size, total / size
     dq = empty_like_tokens(q, q.shape[3])
     dslots = features_of.slot_sums(q) if need_slots and slots is not None else None

@@ -20,7 +20,10 @@ def packed_linear_backward(
     dparts: tuple[Tensor, ...], x: Tensor, weight: Tensor, dtype: torch.dtype | None,
     need_x: bool, need_weight: bool, need_bias: bool, *, differentiable: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Return the gradients of x, weight and bias. If `differentiable`, autograd can differentiate the results again."""
+    """Return the gradients of x, weight and bias, or None for those that are not needed.
+
+    If `differentiable`, autograd can differentiate the results again.
+    """
     dtypes = x.dtype, weight.dtype
     x, weight = (each if dtype is None else each.to(dtype) for each in (x, weight))
     tokens, dx, dweight, dbias = x.flatten(0, -2), None, None, None

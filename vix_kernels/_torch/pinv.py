@@ -1,6 +1,6 @@
 """The pseudo-inverse with batched matrix products, on any device (see primitives/pinv.py for the equations).
 
-A step is computed without identity matrices, as W = X X - 7 X, Y = 15 X + X W and Z' = 1/4 (13 Z - Z Y).
+An iteration is computed without identity matrices, as W = X X - 7 X, Y = 15 X + X W and Z' = 1/4 (13 Z - Z Y).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def pinv_backward(
         da.baddbmm_(dx, z.mT)
     da.addcdiv_(dz.mT, s)
     ds = (dz * a.mT).sum((1, 2), keepdim=True).div_(-s * s)
-    largest = (sums == s).to(a.dtype)  # if several columns have the largest sum, they share the gradient
+    largest = (sums == s).to(a.dtype)  # if several columns have the largest sum, each receives an equal part of the gradient
     if init == "original":
         ds, count = ds.sum(0, keepdim=True), largest.sum()
     else:
@@ -94,7 +94,10 @@ def _attention(q: Tensor, k: Tensor, q_counts: Tensor | None, k_counts: Tensor |
 
 
 def _start(a: Tensor, init: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Z_0, its divisor s and the column sums of A (pairs, 1, L). s is (pairs, 1, 1), or one number for "original"."""
+    """Return Z_0 = A^T / s, the divisor s, and the column sums of A (pairs, 1, L).
+
+    s is (pairs, 1, 1), or one number if init is "original".
+    """
     sums = a.sum(1, keepdim=True)
     s = sums.amax() if init == "original" and len(a) else sums.amax(-1, keepdim=True)
     s = s.masked_fill(s == 0, 1)  # s is 0 if no landmark is valid
@@ -102,7 +105,7 @@ def _start(a: Tensor, init: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _polynomial(a: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return X, W and Y for one step."""
+    """Return X, W and Y for one iteration."""
     x = torch.bmm(a, z)
     w = torch.baddbmm(x, x, x, beta=-7)
     return x, w, torch.baddbmm(x, x, w, beta=15)
@@ -124,5 +127,5 @@ def read(x: Tensor, counts: Tensor | None) -> Tensor:
 
 
 def _split(x: Tensor, like: Tensor) -> Tensor:
-    """Split the pairs of x into batch and heads, and cast x to the dtype of `like`."""
+    """Reshape x (pairs, L, width) to the shape of `like`, (batch, heads, L, width), and cast it to the dtype of `like`."""
     return x.view(like.shape).to(like.dtype)

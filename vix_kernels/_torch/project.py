@@ -41,8 +41,10 @@ def project_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return dE, dF, dk and dv. Gradients that `needs` does not request are empty.
 
-    dk_n = sum_j E_nj dkeys_j    dE_nj = sum of k_n . dkeys_j over samples (and heads that share E)
-    dv and dF are computed in the same way. If value_projection is None, dE also includes dF.
+    dk_n = sum_j E_nj dkeys_j    dE_nj = sum of k_n . dkeys_j over samples
+
+    dv and dF are computed in the same way. If a projection has one matrix for all heads, its gradient is also summed over
+    heads. If value_projection is None, dE also includes dF.
     """
     need_key_projection, need_value_projection, need_k, need_v = needs
     rope = Rotation(rotary, accumulator(k.dtype))

@@ -26,9 +26,9 @@ def _rotated(x: Tensor, rotary: Rotary, inverse: bool) -> Tensor:
 
 
 def angle_gradient(x: Tensor, dx: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
-    """Return u dv - v du for x and dx (B, H, N, D), summed over samples, and over heads if they share the angles.
+    """Return u dv - v du for x and dx (B, H, N, D), summed over samples, and over heads if angles.shape[0] is 1.
 
-    If an element of dx is 0, the element of x that is multiplied by it is read as 0, even if that element is NaN.
+    If a factor du or dv is 0, the product is 0, even if the other factor is NaN.
     """
     width = 2 * angles.shape[2]
     total = angles.new_zeros(angles.shape)

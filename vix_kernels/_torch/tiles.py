@@ -2,7 +2,7 @@
 
 The PyTorch implementations are the bodies of registered operators, so they do not use autograd. Each backward function is
 written explicitly, and recomputes intermediate results that the forward function did not save. Only the logits for one tile of
-tokens are in memory at a time, in a buffer that all tiles share. Products and sums are computed in float32 (float64 for float64
+tokens are in memory at a time, in a buffer that all tiles reuse. Products and sums are computed in float32 (float64 for float64
 inputs). 16-bit inputs are cast one tile at a time.
 
 Shapes: slots (Bs, Hs, M, D) with Bs in {1, B} and Hs in {1, H}; q, k (B, H, N, D); v (B, H, N, E); values (B, H, M, E);
@@ -49,9 +49,10 @@ class Rotation:
         self.cos_of_both = None if cos is None or interleaved else self.cos.repeat(1, 1, 2)
 
     def __call__(self, x: Tensor, where: Group | Tile, inverse: bool = False, out: Tensor | None = None) -> Tensor:
-        """Return x rotated. x is (b, h, tokens, D): the tokens of a group or tile, in the accumulator's dtype.
+        """Return x rotated by the angles of its tokens, or by the negative angles if `inverse`.
 
-        If `out` is given, the result is written to it. If rotary is None, x is returned, and `out` is not used.
+        x is (b, h, tokens, D): the tokens of the group or tile `where`, in the accumulator's dtype. If `out` is given, the
+        result is written to it. If rotary is None, x is returned, and `out` is not used.
         """
         if self.cos is None:
             return x
@@ -92,7 +93,7 @@ def _complex(x: Tensor) -> Tensor:
 
 
 class Scratch:
-    """A buffer that all tiles share. If each tile allocated memory, page faults would take longer than the arithmetic."""
+    """A buffer that all tiles reuse. If each tile allocated memory, page faults would take longer than the arithmetic."""
 
     def __init__(self, like: Tensor) -> None:
         self.memory = self.view = self.padded = like.new_empty(0)
@@ -123,10 +124,10 @@ class Scratch:
 def groups(x: Tensor, slots: int) -> Iterator[tuple[Group, list[Tile]]]:
     """Split the tokens of x (batch, heads, tokens, channels) into tiles. Yield each group and its tiles.
 
-    If sequences are short, a tile contains several samples or heads. If they are long, a tile contains only some of their
-    tokens. Tiles are contiguous in memory if possible. If the heads of a token are adjacent in memory, as in the output of a
-    linear layer, a tile contains all heads of its tokens. Reading one head at a time would be slow, because it would use only a
-    few cache lines of each page.
+    A tile has about TILE_CPU or TILE_GPU logits: `slots` per token. If sequences are short, a tile contains several samples or
+    heads. If they are long, a tile contains only some of their tokens. Tiles are contiguous in memory if possible. If the heads
+    of a token are adjacent in memory, as in the output of a linear layer, a tile contains all heads of its tokens. Reading one
+    head at a time would be slow, because it would use only a few cache lines of each page.
     """
     batch, heads, tokens, _ = x.shape
     room = max(1, (TILE_CPU if x.device.type == "cpu" else TILE_GPU) // slots)
@@ -190,7 +191,7 @@ def write(x: Tensor, where: Group | Tile, rows: Tensor, rope: Rotation | None = 
 
 
 def unused_rows(queries: Tensor, total: Tensor, dresult: Tensor) -> Tensor | None:
-    """Return which tokens contain NaN or inf although their output gradient is 0, as in padding: bool (pairs, tokens, 1).
+    """Return a mask (pairs, tokens, 1) of tokens that contain NaN or inf although their output gradient is 0, as in padding.
 
     The gradients of these tokens must be 0, but 0 times NaN is NaN. On a CPU, return None if no token contains NaN or inf. On a
     GPU, this check would synchronize, so it is skipped. Checking only `total` is not enough, because `total` is finite if all
@@ -213,7 +214,7 @@ def at_least_one(total: Tensor) -> Tensor:
 
 
 def slots_grad(sums: Tensor | None, slots: Tensor) -> Tensor:
-    """Return the gradient of the slots, given its sums over tokens for every sample and head."""
+    """Sum the slot gradients of all samples and heads to the shape of `slots`. Return an empty tensor if `sums` is None."""
     return slots.new_empty(0) if sums is None else sums.sum_to_size(slots.shape).to(slots.dtype).contiguous()
 
 

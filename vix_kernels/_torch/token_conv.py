@@ -1,4 +1,4 @@
-"""Depthwise convolution over tokens in plain PyTorch, by multiplying a banded matrix by blocks of tokens.
+"""Depthwise convolution over tokens in plain PyTorch, computed as products of a banded matrix and blocks of tokens.
 
 BLOCK consecutive output tokens depend on a window of BLOCK + taps - 1 input tokens. One batched product with a Toeplitz matrix
 computes all blocks of one head, for as many samples as fit in the caches. Products and sums are computed in float32 (float64
@@ -48,7 +48,7 @@ def token_conv_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the sum dv + dv_other, set to 0 for masked tokens, and dweight.
 
-    A dv_other of None counts as 0. Gradients that `needs` does not request are empty.
+    If dv_other is None, it counts as 0. Gradients that `needs` does not request are empty.
 
     dv_s = sum_u w_{taps - 1 - u} dout_{s + u - taps // 2}    dw_{taps - 1 - u} = sum_s v_s . dout_{s + u - taps // 2}
     """
@@ -102,7 +102,7 @@ class _Rows:
     """Buffer for the tokens of one head in a group of samples. The samples are stored one after another, separated by zeros.
 
     Attributes:
-        blocks: (blocks, BLOCK, E). Zeros after the tokens of a sample separate them from the windows of the next sample.
+        blocks: (blocks, BLOCK, E), the tokens and the zeros between samples.
         windows: (blocks, BLOCK + taps - 1, E), a view of the same memory. Each window starts taps // 2 tokens before
             its block.
     """

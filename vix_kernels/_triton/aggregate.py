@@ -2,11 +2,12 @@
 
 Logits are in base 2, so every exponential is one exp2. In the forward kernel and in the kernel for slot gradients, a program
 loads a tile of slots and then loops over a chunk of the tokens. In the kernel for token gradients, a program loads all slots
-before its loop over a chunk of the tokens, if `Tile.resident` allows it. Otherwise, it loads them again for each tile of
-tokens. No kernel uses atomics: each output is written once, by one program, and chunks are merged in a fixed order.
+before its loop over a chunk of the tokens, if `Tile.resident` allows it. Otherwise, the program loads the slots again for each
+tile of tokens. No kernel uses atomics. Each output is written once, by one program, and the results of chunks are merged in a
+fixed order.
 
-FOLD means that slots are float32 and tokens are bfloat16. Then the loaded slots include the factor scale * log2(e), and
-`size` is 1 (see prepare.py). Vectors, such as the bias of the keys, are added by an additional matrix product (see logits.py).
+FOLD is set if slots are float32 and tokens are bfloat16. With FOLD, the loaded slots include the factor scale * log2(e), `size`
+is 1 (see prepare.py), and vectors, such as the bias of the keys, are added by an additional matrix product (see logits.py).
 """
 
 from __future__ import annotations
@@ -128,7 +129,8 @@ def slot_operands(
 
     Returns:
         The two tiles from `slot_parts`, unit, size, row_max and delta. Without FOLD, row_max and delta are vectors. With FOLD,
-        they are tiles: `bias_columns` of the negated vectors. Adding their products with `ones_columns` subtracts the vectors.
+        `bias_columns` converts the negated vectors to tiles. To subtract a vector, kernels add the product of its tile and
+        `ones_columns`.
     """
     o_m = first_slot + tl.arange(0, BLOCK_M)
     b_slots = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
@@ -146,9 +148,9 @@ def add_token_gradients(
     SPLIT: tl.constexpr, FOLD: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Add the contribution of a tile of slots to dk, dv and db.
+    """Return dk, db and dv with the contribution of a tile of slots added.
 
-    For each key, db is the sum of its logit gradients over the slots. `operands` is the result of slot_operands.
+    For each key, db is the sum of the logit gradients over the slots. `operands` is the result of slot_operands.
     """
     high, low, b_unit, b_size, b_row_max, b_delta = operands
     ROWS: tl.constexpr = b_k.shape[0]
@@ -250,7 +252,7 @@ def aggregate_tokens_kernel(
                         k, o_n, k_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE, AGAIN=True
                     )  # fmt: skip
                 b_dk -= b_k.to(COMPUTE) * (scale * scale * b_db)[:, None]
-            if MASKED:  # masked tokens get 0 even if a slot's gradient is NaN
+            if MASKED:  # masked tokens have gradient 0, even if the gradient of a slot is NaN
                 b_dk = tl.where(valid[:, None], b_dk, 0.0)
             store_unrotated(b_dk, dk, o_n, dk_n, inside, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED)
         if VALUES:

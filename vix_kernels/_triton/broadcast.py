@@ -2,8 +2,8 @@
 
 Logits are in base 2. In the forward kernel and in the kernel for token gradients, a program loads all slots before its loop
 over a chunk of the tokens, if `Tile.resident` allows it. In the kernel for slot gradients, a program loads a tile of slots and
-then loops over a chunk of the tokens. If one tile contains all slots and this kernel's launch configuration does not set
-`apart`, the kernel also computes the token gradients. Each output is written once, by one program.
+then loops over a chunk of the tokens. If one tile contains all slots and `Tile.apart` is False, this kernel also computes the
+token gradients. Each output is written once, by one program.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def attend(
     q, operands, row_max, total, out, scale,
     FIRST: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile of slots to the running softmax sums of each token. If FIRST, ignore the previous sums."""
+    """Return row_max, total and out after adding a tile of slots to the softmax. If FIRST, ignore the previous values."""
     high, low, values, bias = operands
     logits = slot_logits(q, high, low, bias, scale, SPLIT, COMPUTE, PRECISION)
     new_max = tl.max(logits, 1)
@@ -122,7 +122,7 @@ def attend(
 
 @triton.jit
 def has_no_slot(bias, bias_m, M, BIASED: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Return whether all slots of a head have bias -inf or, if BIASED is "mask", are invalid."""
+    """Return whether a head has no valid slot. A slot is valid if its bias is not -inf or, if BIASED is "mask", not 0."""
     found = tl.zeros((BLOCK_M,), tl.int32)
     for start in range(0, M, BLOCK_M):
         o_m = start + tl.arange(0, BLOCK_M)
@@ -148,7 +148,7 @@ def load_statistics(row_max, inverse, o_n, valid):
 def without_padding(inverse, dout):
     """Return `inverse` with 0 instead of NaN for tokens whose dout is 0.
 
-    Such a token, which may be padding, does not contribute to gradients even if its query contains NaN.
+    These tokens may be padding. They do not contribute to gradients, even if their queries contain NaN.
     """
     used = tl.max(tl.abs(dout.to(inverse.dtype)), 1) != 0
     return tl.where((inverse == inverse) | used, inverse, 0.0)
@@ -158,7 +158,7 @@ def without_padding(inverse, dout):
 def tile_products(
     q, dout, row_max, operands, scale, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Return exp2(logit - row_max) and <dout, values> for a tile of tokens and a tile of slots, both (tokens, slots)."""
+    """Return two tiles (tokens, slots): exp2(logit - row_max) and <dout, values>."""
     high, low, values, bias = operands
     logits = slot_logits(q, high, low, bias, scale, SPLIT, COMPUTE, PRECISION)
     e = exps_at_most_one(logits - row_max[:, None])
@@ -169,14 +169,14 @@ def tile_products(
 def add_dq(
     dq, q, dout, row_max, delta, operands, scale, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Add the contribution of a tile of slots to dq. The caller multiplies the sum by a factor for each token."""
+    """Return dq plus the contribution of a tile of slots. The caller scales the rows of the final dq."""
     e, dp = tile_products(q, dout, row_max, operands, scale, SPLIT, COMPUTE, PRECISION)
     return dot(cast(e * (dp - delta[:, None]), q.dtype), operands[0], dq, PRECISION)
 
 
 @triton.jit
 def column_sums(x, acc, PRECISION: tl.constexpr):
-    """Add the sum of column j of x to row j of acc. If x has a 16-bit dtype, a matrix product with ones computes the sums."""
+    """Return acc with the sum of column j of x added to row j. For a 16-bit x, a matrix product with ones computes the sums."""
     if x.dtype == tl.float32 or x.dtype == tl.float64:
         acc += tl.sum(x, 0)[:, None]
     else:
@@ -196,7 +196,7 @@ def broadcast_tokens_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr,
     KNOWN: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq and delta = <dout, out> for a chunk of tokens. If `out` is not KNOWN, delta is computed from the slots."""
+    """Compute dq and delta = <dout, out> for a chunk of tokens. Compute delta from `out` if KNOWN, otherwise from the slots."""
     i_bh, first, last = stream_program(N, chunk)
     i_b, i_h = i_bh // H, i_bh % H
     angles = table_start(i_h, angle_h, ROTARY)
@@ -266,7 +266,7 @@ def broadcast_slots_kernel(
 ):  # fmt: skip
     """Compute the contribution of a chunk of tokens to dvalues, dbias and, if NEED_SLOTS, dslots, for a tile of slots.
 
-    If FUSED, the tile contains all slots, and the kernel also computes delta and dq.
+    If FUSED, the tile contains all slots, and the kernel also computes dq.
     """
     i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H

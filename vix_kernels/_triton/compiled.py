@@ -16,7 +16,7 @@ from triton import knobs
 from triton.runtime.driver import driver
 
 MOST = 4096  # maximum number of entries in `known`; a full table is cleared before an entry is added
-ALIGNMENT = 16  # bytes; Triton compiles different code for pointers that are not aligned
+ALIGNMENT = 16  # bytes; Triton compiles different code for unaligned pointers
 
 
 class Compiled(NamedTuple):
@@ -24,7 +24,8 @@ class Compiled(NamedTuple):
 
     Attributes:
         kernel: Triton's CompiledKernel. It is kept because its deletion unloads the machine code.
-        run, function, metadata: the launcher of `kernel`, and the handle and the metadata that the launcher receives.
+        run: the launcher of `kernel`.
+        function, metadata: the handle and the metadata that the launcher receives.
         constexprs: the values of the constexprs, in the order of the parameters.
     """
 
@@ -35,7 +36,7 @@ class Compiled(NamedTuple):
     constexprs: tuple[Any, ...]
 
     def start(self, grid: tuple[int, int, int], stream: int, args: list[Any]) -> None:
-        """Launch the kernel on the current device. `args` contains addresses instead of tensors."""
+        """Launch the kernel on the current device. In `args`, each tensor is replaced by its address."""
         self.run(*grid, stream, self.function, self.metadata, None, None, None, *args, *self.constexprs)
 
 
@@ -47,7 +48,9 @@ known: dict[tuple, Compiled] = {}
 
 
 def run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> Compiled | None:
-    """Launch `kernel` on the current device. `meta` contains constexprs and launch options, and `args` all other arguments.
+    """Launch `kernel` on the current device.
+
+    `meta` contains the constexprs and the launch options. `args` contains all other arguments.
 
     Returns:
         The compiled kernel, or None if Triton must handle every launch or a hook skipped the compilation.
@@ -56,7 +59,7 @@ def run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[st
         kernel[grid](*args, **meta)
         return None
     device = driver.active.get_current_device()
-    # The types matter, because 1 and 1.0 are equal, but compiled differently.
+    # The key includes types, because 1 and 1.0 are equal, but Triton compiles different code for them.
     key = [kernel, device, *meta.items(), *map(type, args)]
     values = []
     for x in args:
@@ -75,10 +78,10 @@ def run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[st
 
 
 def needs_triton() -> bool:
-    """Return whether Triton must handle every launch, because of hooks or because the code depends on more than `run`'s key.
+    """Return whether Triton must handle every launch, because hooks are set or compiled code depends on more than `run`'s key.
 
-    On AMD GPUs, the code depends on the sizes of tensors. Launch hooks receive the arguments. Debugging and instrumentation
-    change the code, and can be enabled at any time.
+    `Compiled.start` does not call launch hooks. On AMD GPUs, compiled code also depends on the sizes of tensors. Debugging and
+    instrumentation change the compiled code, and can be enabled at any time.
     """
     runtime = knobs.runtime
     # By default, each hook is an empty chain.
@@ -95,7 +98,7 @@ def needs_triton() -> bool:
 def remember(key: tuple, kernel: Any, compiled: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> Compiled | None:
     """Keep a compiled kernel for later launches, and return it.
 
-    `compiled` is the result of Triton's launch. It is None if a hook skipped the compilation.
+    `compiled` is the result of Triton's launch. If it is None because a hook skipped the compilation, return None.
     """
     params = kernel.params
     if any(param.is_constexpr for param in params[: len(args)]) or not all(param.is_constexpr for param in params[len(args) :]):

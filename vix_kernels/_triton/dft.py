@@ -7,9 +7,9 @@ difference. If n = -n, row n of E is token n. Then
     P = C_N (E C_D)        R = S_N (O S_D)        y at (a, b) and (-a, -b) is P - R        y at (-a, b) and (a, -b) is P + R
 
 Therefore, only half of the rows n, half of the rows a and half of the columns b are needed. The first kernel computes tables of
-cosines and sines, the second kernel sums over channels, and the third kernel sums over tokens. The tables are computed in each
-call. This takes little time, because the tables do not depend on the batch. A cache would need to handle streams and CUDA
-graphs.
+cosines and sines, the second kernel sums over channels, and the third kernel sums over tokens. Each call computes the tables.
+This takes little time, because the size of the tables does not depend on the batch size. A cache of tables would need to handle
+streams and CUDA graphs.
 
 Zeros pad the intermediate result to a multiple of BLOCK_K rows per sample, so the loop of the third kernel needs no masks. A
 tile may contain rows of several samples (in the second kernel) or columns of several samples (in the third kernel).
@@ -52,7 +52,7 @@ def turn(index, length, COMPUTE: tl.constexpr):
 
 @triton.jit
 def store_turns(cos, sin, i, length, rows, columns, COMPUTE: tl.constexpr):
-    """Store the elements i of two tables (rows, columns): the cosines and the sines of 2 pi row * column / length."""
+    """Store elements `i` of two (rows, columns) tables: the cosines and sines of 2 pi row * column / length."""
     c, s = turn((i // columns) * (i % columns) % length, length, COMPUTE)
     inside = i < rows * columns
     tl.store(cos + i, cast(c, cos.dtype.element_ty), mask=inside)
@@ -167,8 +167,8 @@ def dft(x: Tensor, ortho: bool) -> Tensor:
     over_channels, over_tokens = (launch_config(kernel, x, WIDTH, x) for kernel in ("dft_channels", "dft_tokens"))
     width_step, step = 64 // x.element_size(), 128 // x.element_size()  # channels and tokens per step
     half = tokens // 2 + 1
-    # `columns` is a multiple of ALIGNED, so a few columns beyond half of the channels are computed. They are stored directly,
-    # not as mirror images of other columns, because stores of mirror images are not vectorized.
+    # `columns` is a multiple of ALIGNED, so a few columns beyond half of the channels are computed. They are stored directly
+    # instead of as mirror images of other columns, because stores of mirror images are not vectorized.
     columns, rows = _multiple(width // 2 + 1, ALIGNED), _multiple(half, step)
     padded_width, padded_columns = _multiple(width, width_step), _multiple(columns, over_channels.tile.slots)
     padded_rows = _multiple(half, over_tokens.tile.tokens)

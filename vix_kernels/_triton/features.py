@@ -1,7 +1,8 @@
 """Feature maps and operands of products, shared by the kernels for linear attention.
 
-Slots are the rows of a projection. With slots, features are computed from products of tokens and slots. Without slots, they are
-computed from the tokens' channels, and channel j is used as slot j. In both cases, a tile holds one feature per slot and token.
+With a projection, the slots are its rows, and features are computed from products of tokens and slots. Without a projection,
+features are computed from the channels of the tokens, and slot j is channel j. In both cases, there is one feature per slot and
+token.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ COPIES = tl.constexpr(16)  # the smallest inner dimension of matrix instructions
 
 @triton.jit
 def apply_map(logits, ELU: tl.constexpr, PROJECTED: tl.constexpr):
-    """Return the features and the derivatives of the feature map: elu + 1 if ELU, otherwise relu.
+    """Return the features and the derivatives of the feature map, which is elu + 1 if ELU and relu otherwise.
 
-    The feature of a NaN logit is NaN. For elu, the features and the derivatives are computed from the same exponential. If
-    PROJECTED is also set, load_operands has multiplied the slots by log2 e, so the logits contain this factor.
+    The feature of a NaN logit is NaN. If ELU, the features and the derivatives are computed from the same exponential. If
+    PROJECTED is also set, load_operands has multiplied the slots by log2(e), so the logits include this factor.
     """
     if ELU:
         slopes = tl.minimum(logits, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -47,11 +48,10 @@ def load_operands(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     ELU: tl.constexpr, SPLIT: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Load a tile of slots and split it into a sum of two DTYPE tiles.
+    """Load a tile of slots and return it as two tiles.
 
-    Unless SPLIT, both tiles are the slots, and products use only the first tile.
-
-    For elu, the slots are multiplied by log2 e, so that exp2 of a product is the exponential of the original product.
+    If ELU, the slots are multiplied by log2(e), so that the kernels can use exp2 instead of exp. If SPLIT, the results are two
+    DTYPE tiles whose sum approximates the slots. Otherwise, both results are the slots, and products use only the first one.
     """
     b_slots = load_slots(slots, first_slot + tl.arange(0, BLOCK_M), slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
     if SPLIT:
@@ -65,10 +65,10 @@ def load_operands(
 def copies(numbers, DTYPE: tl.constexpr):
     """Return a tile with COPIES rows and one column per number.
 
-    The product of features and the transpose of this tile is the sum of the features over tokens or slots, weighted by the
-    numbers. Computing it takes only matrix instructions. In gradient_products, the product of a constant tile and this tile
-    adds each number to a whole column. Half of the rows are the numbers rounded to DTYPE, and the other half are the rounding
-    errors. The copies are rows instead of columns, so that each thread loads only a few numbers.
+    Half of the rows contain the numbers rounded to DTYPE, and the other half contain the rounding errors. Kernels use matrix
+    instructions to multiply features by the transpose of this tile. `sum_copies` converts the product to sums of the features
+    over tokens or slots, weighted by the numbers. In gradient_products, the product of a constant tile and this tile has
+    number j in every row of column j. Each number fills a column, not a row, so that each thread loads only a few numbers.
     """
     high, low = split(numbers, DTYPE)
     return tl.where((tl.arange(0, COPIES) < COPIES // 2)[:, None], high[None, :], low[None, :])
@@ -76,15 +76,16 @@ def copies(numbers, DTYPE: tl.constexpr):
 
 @triton.jit
 def sum_copies(products):
-    """Return the sums of features weighted by numbers. `products` is the product of the features and copies(numbers)^T."""
+    """Return the weighted sums of features. `products` is the product of the features and copies(weights)^T."""
     return tl.sum(products, 1) * (2.0 / COPIES)
 
 
 @triton.jit
 def outer_product(x, y, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """Return acc + x y^T for two vectors, computed as a product of two tiles. Each tile holds a vector as two 16-bit parts.
+    """Return acc + x y^T for two vectors, computed as a product of two tiles.
 
-    The product needs no additional instruction or register per element. Of the four products of parts, the smallest is dropped.
+    Each tile contains a vector as two 16-bit parts, high and low. The product of the low parts is negligible, so it is omitted.
+    The addition to acc takes no separate instruction or register per element.
     """
     x_high, x_low = split(x * (4.0 / COPIES), DTYPE)
     y_high, y_low = split(y, DTYPE)

@@ -1,8 +1,9 @@
-"""Kernels for `landmarks`: one launch computes the means of q and k, and another computes the gradients of q and k.
+"""Kernels for `landmarks`: a forward kernel for the landmarks of q and k, and a backward kernel for the gradients of q and k.
 
-In the forward kernel, a program computes a tile of landmarks. It loops over their windows and reads BLOCK_N tokens of each
-window at a time. In the backward kernel, a program computes the gradient of a tile of tokens. For each token, it adds the
-gradients of the landmarks whose windows contain the token: one landmark, or up to four if windows overlap.
+A landmark is the mean of the tokens in a window. In the forward kernel, a program computes a tile of landmarks. It loops over
+their windows and reads BLOCK_N tokens of each window at a time. In the backward kernel, a program computes the gradient of a
+tile of tokens. For each token, it adds the contributions of the landmarks whose windows contain the token. There is one such
+landmark, or up to four if windows overlap.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def window(j, size, count, ADAPTIVE: tl.constexpr):
 
 @triton.jit
 def windows_of(token, size, count, ADAPTIVE: tl.constexpr):
-    """Return the first and the last window that contain a token."""
+    """Return the indices of the first and the last window that contain `token`."""
     if ADAPTIVE:
         token = token.to(tl.int64)
         first = (token * count // size).to(tl.int32)
@@ -129,9 +130,9 @@ def token_gradient(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, ADAPTIVE: tl.constexpr,
     OTHER: tl.constexpr, MORE: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Compute dx for a tile of tokens from the gradients of their landmarks.
+    """Compute dx for a tile of tokens from the gradients of the landmarks.
 
-    The landmark gradients are dmarks, or dmarks + more if MORE. If OTHER, `other` is added to dx.
+    The gradients of the landmarks are dmarks + more if MORE, otherwise dmarks. If OTHER, `other` is added to dx.
     """
     L = prefix + mark_rows * mark_columns
     N = prefix + rows * columns

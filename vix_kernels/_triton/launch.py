@@ -69,7 +69,7 @@ class LaunchConfig:
         if self.multiprocessors:
             wanted, least = self.resident * self.multiprocessors // max(1, programs), LEAST_CHUNK
         else:
-            wanted, least = tokens, 2 * self.step  # the interpreter always splits, so small inputs also test the merge
+            wanted, least = tokens, 2 * self.step  # the interpreter always splits, so that the merge runs even for small inputs
         size = max(least, cdiv(tokens, max(1, wanted)))
         size = cdiv(size, self.step) * self.step
         return size, cdiv(tokens, size)
@@ -82,12 +82,13 @@ class LaunchConfig:
     def slots(self, num_slots: int) -> int:
         """Return the number of slots per tile.
 
-        This is the number in the launch table, or the smallest power of two >= 64 that holds all slots, if that is less.
+        This is the smaller of two numbers: the slots per tile in the launch table, and the smallest power of two >= 64 that is
+        not less than `num_slots`.
         """
         return min(self.tile.slots, max(64, power_of_2(num_slots)))
 
     def stream(self, programs: int, tokens: int, num_slots: int) -> tuple[int, dict[str, int]]:
-        """Return the number of tokens per program and the constexprs, for a kernel whose programs loop over tokens.
+        """Return the number of tokens per program and updates to `meta`, for a kernel whose programs loop over tokens.
 
         TILES is the number of tiles of BLOCK_M slots that a program loads once, before the loop. It is 0 if the program loads
         the slots again for every tile of tokens. `programs` is the number of programs per chunk, as in the method `chunk`.
@@ -140,8 +141,8 @@ def launch_config(kernel: str, tokens: Tensor, width: int, slots: Tensor, heavy:
         tokens: the tokens, (batch, heads, tokens, channels) or (batch, tokens, channels).
         width: width to look up in the launch table, for example the larger of the head widths of keys and values.
         slots: the slots. Only their dtype is used.
-        heavy: whether to prefer the entry for a launch that needs more registers. By default, True if slots have the tokens'
-            dtype.
+        heavy: whether to prefer the entry `{kernel}_heavy`, for launches that need more registers. By default, True if slots
+            have the tokens' dtype.
     """
     split = slots.element_size() > tokens.element_size()
     heavy = not split if heavy is None else heavy
@@ -168,21 +169,21 @@ def find_config(
 
 
 def is_heavy(tokens: Tensor, slots: Tensor, rotary: Rotary | None) -> bool:
-    """Return whether a launch needs more registers, because it has RoPE or its slots have the tokens' dtype."""
+    """Return whether a launch needs more registers, because it uses RoPE or its slots have the tokens' dtype."""
     return rotary is not None or slots.dtype == tokens.dtype
 
 
 def kernel_name(entry: str) -> str:
-    """Return the name of the kernel of a launch table entry, without the suffix of a variant."""
+    """Return the kernel name of a launch table entry, without a suffix from VARIANTS."""
     return next((entry.removesuffix(suffix) for suffix in VARIANTS if entry.endswith(suffix)), entry)
 
 
 def find_tile(arch: str, kernel: str, bits: int, width: int, heavy: bool) -> tuple[Key, Tile]:
     """Return the key in the launch table and the tile of `kernel` on `arch`.
 
-    If `heavy`, prefer the entry `{kernel}_heavy`, for launches that need more registers. If there is no entry with a suffix
-    (see VARIANTS), the entry without the suffix is used. An entry with a suffix in TABLE takes precedence over an entry without
-    a suffix in OVERRIDES.
+    If `heavy`, prefer the entry `{kernel}_heavy`, for launches that need more registers. If the entry with a suffix (see
+    VARIANTS) does not exist, the entry without the suffix is used. An entry with a suffix in TABLE takes precedence over an
+    entry without a suffix in OVERRIDES.
     """
     names = (f"{kernel}_heavy", kernel, kernel_name(kernel)) if heavy else (kernel, kernel_name(kernel))
     keys = [(name, bits, width) for name in dict.fromkeys(names)]
@@ -227,7 +228,7 @@ def multiprocessors(device: torch.device) -> int:
         return TARGETS[conditions.current.arch].multiprocessors if conditions.current.arch else 0
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
-    return TARGETS[architecture(device)].multiprocessors  # without a GPU, launches are only compiled or counted
+    return TARGETS[architecture(device)].multiprocessors  # without a GPU, kernels can be compiled, but not run
 
 
 # Arguments
@@ -279,10 +280,10 @@ def rotary_arguments(rotary: Rotary | None, placeholder: Tensor) -> tuple[Tensor
 
 
 def merge_arguments(parts: Tensor, *, outputs: int) -> tuple[tuple[int], tuple[Tensor, ...], dict[str, Any]]:
-    """Return the grid, the output tensors and `meta` (see `launch`) for a kernel that merges the results of chunks of tokens.
+    """Return the grid, the output tensors and `meta` (see `launch`) for a kernel that merges partial results of token chunks.
 
     Args:
-        parts: results of the chunks, (batch, heads, chunks, M, E).
+        parts: partial results, (batch, heads, chunks, M, E).
         outputs: number of (batch, heads, M) tensors that the kernel writes in addition to the merged rows (batch, heads, M, E).
     """
     batch, num_heads, _, num_slots, width = parts.shape

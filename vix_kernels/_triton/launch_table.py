@@ -18,19 +18,19 @@ class Tile(NamedTuple):
     num_stages: int
     # Precision of float32 products: "tf32x3" (three TF32 products), "tf32", or "ieee" (fused multiply-adds, to save registers).
     precision: str = "tf32x3"
-    # Whether dk and dv, or dq and the gradients of slots, are computed by two launches instead of one, because their
-    # accumulators do not fit in registers together.
+    # Whether to use two launches, one for dk and one for dv (or one for dq and one for the gradients of slots), because the
+    # registers cannot hold both accumulators.
     apart: bool = False
     # Largest number of tiles of slots that a program loads once, before its loop over tokens. If there are more tiles, all of
     # them are loaded again for every tile of tokens.
     resident: int = 0
 
 
-Key = tuple[str, int, int]  # name of the kernel, bits of the tokens' dtype, padded width
+Key = tuple[str, int, int]  # kernel name, bits per element of the tokens, padded width
 
 
 def _entries(tiles: dict[tuple[str | int, ...], Tile]) -> dict[Key, Tile]:
-    """Return an entry for each width. A key of `tiles` is a kernel name, the bits of the dtype, and one or more widths."""
+    """Return one entry per width. A key of `tiles` consists of a kernel name, bits per element, and one or more widths."""
     entries: dict[Key, Tile] = {}
     for (name, bits, *widths), tile in tiles.items():
         for width in widths:
@@ -40,13 +40,13 @@ def _entries(tiles: dict[tuple[str | int, ...], Tile]) -> dict[Key, Tile]:
     return entries
 
 
-# Suffixes mark entries for variants of a launch. Entries "..._heavy" are for launches that need more registers. By default,
-# these are launches whose slots have the tokens' dtype, such as slots that are computed from tokens. In broadcast_forward and
-# broadcast_tokens, they are also launches with RoPE. In aggregate_tokens, they are also launches with more than 128 slots or
-# with float16. In broadcast_slots, they are only launches with RoPE or gradients of slots. Entries "..._learned" are for
-# launches that compute dslots, and entries "..._half" are for float16. If there is no entry for a variant, the entry without a
-# suffix is used. An entry for a variant takes precedence over an override without a suffix. To change the variant as well, an
-# architecture also needs an override with the suffix.
+# A suffix marks an entry for a variant of a kernel. Entries "..._heavy" are for launches that need more registers. By default,
+# a launch is heavy if its slots have the tokens' dtype, for example because they are computed from tokens. For
+# broadcast_forward and broadcast_tokens, a launch with RoPE is also heavy. For aggregate_tokens, a launch with more than 128
+# slots or with float16 is also heavy. For broadcast_slots, a launch is heavy if it uses RoPE or computes dslots, and the dtype
+# of the slots does not matter. Entries "..._learned" are for launches that compute dslots, and entries "..._half" are for
+# float16. If a variant has no entry, the entry without a suffix is used. An entry with a suffix takes precedence over an
+# override without a suffix. To override such an entry for an architecture, add an override with the suffix.
 TABLE = _entries(
     {
         ("aggregate_forward", 16, 16, 32): Tile(128, 64, 8, 1),
@@ -180,7 +180,7 @@ TABLE = _entries(
         ("rotate", 32, 128): Tile(0, 16, 4, 1),
         ("rotate", 32, 256): Tile(0, 8, 4, 1),
         # For the pinv kernels, width is the number of landmarks, `slots` is the largest number of landmarks whose matrices are
-        # kept in registers, and `tokens` is the number of columns per step of a product.
+        # kept in registers, and `tokens` is the number of columns that a product sums over at a time.
         ("pinv_forward", 16, 16): Tile(16, 16, 4, 1, "tf32"),
         ("pinv_forward", 16, 32): Tile(32, 16, 4, 1, "tf32"),
         ("pinv_forward", 16, 64): Tile(64, 32, 4, 1, "tf32"),
@@ -210,7 +210,7 @@ TABLE = _entries(
         ("landmarks_backward", 32, 64): Tile(0, 32, 4, 1),
         ("landmarks_backward", 32, 128): Tile(0, 16, 4, 1),
         ("landmarks_backward", 32, 256): Tile(0, 8, 4, 1),
-        # For the token_conv kernels, `slots` is the largest number of tokens that one product sums over.
+        # For the token_conv kernels, `slots` is the largest number of tokens that a product sums over at a time.
         ("token_conv_forward", 16, 16, 32, 64): Tile(64, 64, 4, 1),
         ("token_conv_forward", 16, 128, 256): Tile(64, 64, 8, 1),
         ("token_conv_forward", 32, 16, 32, 64): Tile(32, 32, 4, 1),
@@ -316,7 +316,7 @@ _CDNA = _entries(
         ("pinv_forward", 16, 64): Tile(0, 16, 8, 1, "tf32"),
     }
 )
-# Entries that override entries of TABLE, by architecture.
+# Overrides of entries in TABLE, by architecture.
 OVERRIDES: dict[str, dict[Key, Tile]] = {
     "sm_80": _WARP_ROWS
     | _entries(
@@ -389,7 +389,7 @@ OVERRIDES: dict[str, dict[Key, Tile]] = {
 
 
 def entries(arch: str) -> dict[Key, Tile]:
-    """Return all entries that launches on `arch` use."""
+    """Return the launch table for `arch`: TABLE, with the overrides for `arch` applied."""
     return TABLE | OVERRIDES.get(arch, {})
 
 

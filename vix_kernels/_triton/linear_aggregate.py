@@ -1,7 +1,7 @@
 """Kernels for `linear_aggregate`, which sums the values of the tokens for each slot, weighted by features.
 
-See primitives/linear.py for the equations. The kernels have the same loops as the kernels for `aggregate`, but they keep no
-running maximum and do not normalize the sums.
+See primitives/linear.py for the equations. The kernels have the same loops as the kernels for `aggregate`, but keep no running
+maximum and do not normalize the sums.
 """
 
 from __future__ import annotations
@@ -94,9 +94,9 @@ def load_gradients(
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PROJECTED: tl.constexpr, ELU: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Load a tile of slots for the gradient kernels: two operands, and unit, size and delta (see prepare.py).
+    """Return two operands for logits, and unit, size and delta (see prepare.py), for a tile of slots.
 
-    If PROJECTED, logits are computed from the two operands. size keeps unit within the range of float16. For other dtypes, this
+    The operands for logits are used only if PROJECTED. `size` keeps `unit` within the range of float16. For other dtypes, this
     function multiplies unit by size, and the kernels do not use size. The multiplication is exact, because size is a power of
     two.
     """
@@ -114,7 +114,7 @@ def load_gradients(
 
 @triton.jit
 def gradient_products(x, unit, size, delta, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
-    """Return the gradients (tokens, slots) of features: <x, unit> size - delta."""
+    """Return the gradients of features, <x, unit> size - delta, as a tile (tokens, slots)."""
     acc = tl.zeros((x.shape[0], unit.shape[0]), COMPUTE)
     if x.dtype == tl.bfloat16:  # subtracting delta in a matrix product needs no instruction per feature
         ones = cast(tl.full((x.shape[0], COPIES), 2.0 / COPIES, COMPUTE), x.dtype)
@@ -189,7 +189,7 @@ def linear_aggregate_tokens_kernel(
                         b_dl, dk, o_n, dk_n, inside, cos, sin, D, BLOCK_M, ROTARY, INTERLEAVED, first_slot
                     )  # fmt: skip
         if KEYS and PROJECTED:
-            b_dk = b_dk * LN2 if ELU else b_dk  # for elu, b_high is the slots times log2 e
+            b_dk = b_dk * LN2 if ELU else b_dk  # if ELU, b_high includes the factor log2(e)
             if MASKED:
                 b_dk = tl.where(valid[:, None], b_dk, 0.0)
             store_unrotated(b_dk, dk, o_n, dk_n, inside, cos, sin, D, BLOCK_D, ROTARY, INTERLEAVED)

@@ -47,7 +47,7 @@ TINY = tl.constexpr(2.0**-126)  # lower limit of denominators, so that 0 / 0 bec
 
 @triton.jit
 def largest_norm(norms, norms_m, M, BLOCK_M: tl.constexpr, COMPUTE: tl.constexpr):
-    """Return the largest of a head's norms, which are sums of features. Sums and norms are divided by it to avoid overflow."""
+    """Return the largest of a head's norms. `sums` and `norms` are divided by this number to avoid overflow."""
     b_max = tl.full((BLOCK_M,), SMALLEST, COMPUTE)
     for first_slot in range(0, M, BLOCK_M):
         o_m = first_slot + tl.arange(0, BLOCK_M)
@@ -62,11 +62,11 @@ def load_state(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PROJECTED: tl.constexpr, ELU: tl.constexpr, SPLIT: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Load a tile of slots: two operands for logits, two for values, and the norms.
+    """Return two operands for logits, two operands for values, and the norms of a tile of slots.
 
-    The norms are divided by `largest`. The values are sums / largest. For float16, they are the means (sums / norms) instead,
-    because the range of float16 is too small for sums / largest. For 16-bit tokens, the two operands for values are the rounded
-    values and their rounding errors. Rows whose index is M or greater are 0.
+    The norms are divided by `largest`. The values are sums / largest. In float16, whose range is too small for sums / largest,
+    the values are the means sums / norms. For 16-bit tokens, the two operands for values are the rounded values and the
+    rounding errors. Rows whose index is M or greater are 0.
     """
     o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)
     o_e = tl.arange(0, BLOCK_E)
@@ -173,9 +173,9 @@ def linear_broadcast_tokens_kernel(
     """Compute dq for a chunk of tokens. For the slot gradients, also compute delta = <dout, out> and scale = largest / total.
 
     `largest` is the head's largest norm. delta is recomputed from the features, because `out` may have been rounded. If
-    <dout, values> - delta is small, this rounding error would dominate the difference. For a token whose dout is 0, such as
-    padding, scale is 0 and the query is read as 0. The token then does not contribute to any gradient, even if its query
-    contains NaN. If not TILED, the slots are loaded only once.
+    <dout, sums / norms> - delta is small, the rounding error of `out` would dominate this difference. For a token whose dout is
+    0, such as padding, scale is 0, and the query is read as 0. The token then does not contribute to any gradient, even if its
+    query contains NaN. If not TILED, the slots are loaded only once.
     """
     i_bh, _, _, first, last = slot_program(1, N, chunk, 1)
     i_b, i_h = i_bh // H, i_bh % H
@@ -271,9 +271,9 @@ def linear_broadcast_slots_kernel(
 ):  # fmt: skip
     """Compute the contribution of a chunk of tokens to dsums, dnorms and, if NEED_SLOTS, dslots.
 
-    Each program handles a tile of slots of one sample and head. The gradients contain features divided by their token's total.
-    The kernel divides dout and delta instead, except in float16, where the quotients could overflow. In float16, it multiplies
-    each feature by its slot's norm and HALF_SCALE, and divides it by the total, so that the result is at most HALF_SCALE.
+    Each program handles a tile of slots of one sample and head. The gradients contain features divided by the token's total.
+    The kernel divides dout and delta instead of features, except in float16, where these quotients could overflow. In float16,
+    it multiplies features by HALF_SCALE and the slot's norm, and divides them by the total. The results are <= HALF_SCALE.
     """
     i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H

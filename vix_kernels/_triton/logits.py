@@ -1,6 +1,6 @@
-"""Device functions for the logits of softmax attention.
+"""Device functions for the logits of softmax attention between tokens and slots (see primitives/aggregate.py).
 
-A kernel computes one exponential per logit. In the time that one exponential takes, a GPU issues about eight instructions,
+A kernel computes one exponential per logit. In the time of one exponential, a multiprocessor issues about eight instructions,
 so every instruction per logit counts. Where possible, these functions work per slot or per token instead of per logit, or use
 matrix instructions.
 
@@ -25,11 +25,11 @@ EXCLUDED = tl.constexpr(-3e38)  # bias of invalid slots instead of -inf, because
 
 @triton.jit
 def slot_parts(slots, scale, DTYPE: tl.constexpr, SPLIT: tl.constexpr, FOLD: tl.constexpr):
-    """Split slots, multiplied by scale * log2(e) if FOLD, into a sum of two DTYPE tiles.
+    """Return the slots as two tiles.
 
-    Unless SPLIT, both tiles are the slots, and products use only the first tile.
-
-    In bfloat16, which has the range of float32, the multiplication does not make the split less precise.
+    If SPLIT, the results are two DTYPE tiles whose sum approximates the slots. Otherwise, both results are the slots, and
+    products use only the first one. If FOLD, the slots are multiplied by scale * log2(e) before the split. For bfloat16, the
+    multiplication does not reduce the precision of the split, because bfloat16 has the range of float32.
     """
     if FOLD:
         slots = slots * (scale * LOG2E)
@@ -51,7 +51,10 @@ def three_columns(x, y, z):
 
 @triton.jit
 def bias_columns(bias):
-    """Return a tile (rows, 16) whose product with `ones_columns` adds `bias`. `bias` is float32 and may contain -inf."""
+    """Return a tile (rows, 16) whose product with the transpose of `ones_columns` has `bias` in every column.
+
+    `bias` is float32 and may contain -inf.
+    """
     high = cast(bias, tl.bfloat16).to(bias.dtype)
     rest = tl.where(bias == float("-inf"), 0.0, bias - high)  # -inf - -inf would be NaN
     middle = cast(rest, tl.bfloat16).to(bias.dtype)
@@ -60,7 +63,7 @@ def bias_columns(bias):
 
 @triton.jit
 def ones_columns(ROWS: tl.constexpr):
-    """Return the tile (ROWS, 16) by which `bias_columns` is multiplied."""
+    """Return a tile (ROWS, 16) with ones in its first three columns and zeros elsewhere (see `bias_columns`)."""
     column = tl.arange(0, 16)
     return tl.broadcast_to(tl.where(column < 3, 1.0, 0.0).to(tl.bfloat16)[None, :], (ROWS, 16))
 
@@ -86,7 +89,7 @@ def key_logits(
 def exps_at_most_one(x):
     """Return exp2(-|x|), where x is a logit minus the maximum. If rounding makes x positive, the result is still at most 1.
 
-    On NVIDIA GPUs, the exponential unit computes -|x| at no cost. Without inline PTX, LLVM would add a bitwise or.
+    On NVIDIA GPUs, the exponential instruction computes -|x| at no cost. Without inline PTX, LLVM would add a bitwise or.
     """
     if INTERPRETED:
         p = tl.exp2(-tl.abs(x))
@@ -100,7 +103,10 @@ def exps_at_most_one(x):
 
 @triton.jit
 def slot_bias(bias, o_m, bias_m, M, BIASED: tl.constexpr, COMPUTE: tl.constexpr):
-    """Return the base-2 bias of a tile of slots. Invalid slots and indices >= M get EXCLUDED, so their probability is 0."""
+    """Return the base-2 bias of a tile of slots.
+
+    The bias of invalid slots and of indices >= M is EXCLUDED, so that their probability is 0.
+    """
     if BIASED == "mask":
         b_bias = tl.where(tl.load(bias + o_m.to(tl.int64) * bias_m, mask=o_m < M, other=0) != 0, 0.0, EXCLUDED).to(COMPUTE)
     elif BIASED == "bias":
@@ -117,9 +123,10 @@ def load_attended(
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Load a tile of slots. Return high and low (its operands for `slot_logits`), its values and its base-2 bias.
+    """Load a tile of slots for `attend` and `tile_products`.
 
-    If SPLIT, the bias is a tile (see `bias_columns`).
+    Returns:
+        high and low (see `slot_parts`), the values, and the base-2 bias. If SPLIT, the bias is a tile (see `bias_columns`).
     """
     o_m = start + tl.arange(0, BLOCK_M)
     b_slots = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)

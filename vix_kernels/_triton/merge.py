@@ -1,4 +1,4 @@
-"""Merge the results of the chunks of tokens."""
+"""Merge the partial results of token chunks."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def merge_softmax_kernel(
     parts, part_row_max, part_totals, values, lse, row_max, totals, chunks, M,
     E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Merge the results of the chunks of tokens.
+    """Merge the partial results of a softmax, for a tile of slots.
 
     The merged values are the average of the chunks' values, weighted by total * exp2(row_max). The kernel also computes
     row_max, total and lse over all tokens.
@@ -88,9 +88,9 @@ def merge_softmax_kernel(
 
 
 def empty_slots(slots: Tensor, batch: int, num_heads: int, chunks: int, dtype: torch.dtype) -> Tensor:
-    """Return an uninitialized tensor (batch, heads, chunks, M, D) for the gradient of `slots` in each chunk.
+    """Return an uninitialized tensor (batch, heads, chunks, M, D) for each chunk's contribution to the gradient of `slots`.
 
-    Its dtype is that of `slots` if there is one chunk and no samples or heads share slots. Otherwise, its dtype is `dtype`.
+    Its dtype is `slots.dtype` if each element of the gradient has only one contribution. Otherwise, its dtype is `dtype`.
     """
     alone = chunks == 1 and slots.shape[:2] == (batch, num_heads)
     return slots.new_empty(batch, num_heads, chunks, *slots.shape[2:], dtype=slots.dtype if alone else dtype)

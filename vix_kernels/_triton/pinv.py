@@ -1,9 +1,10 @@
-"""Kernels for `pinv` (see primitives/pinv.py for the equations and _torch/pinv.py for the equations of a step).
+"""Kernels for `pinv`. See primitives/pinv.py for the equations, and _torch/pinv.py for the computation of an iteration.
 
-Each program processes whole heads. With at most `Tile.slots` landmarks and at most REGISTER_ITERATIONS iterations, the steps
-keep the L x L matrices of L landmarks in registers (see pinv_registers.py). Otherwise, the matrices are in global memory, in a
-separate buffer for each program (see pinv_steps.py). To keep these buffers in the L2 cache, the kernels in this file are
-launched with only as many programs as can run at the same time. The programs loop over the heads of all samples.
+Each program processes whole heads. If the number of landmarks L is at most `Tile.slots` and there are at most
+REGISTER_ITERATIONS iterations, each iteration keeps its L x L matrices in registers (see pinv_registers.py). Otherwise, the
+matrices are in global memory, in a separate buffer for each program (see pinv_steps.py). To keep these buffers in the L2 cache,
+each kernel in this file is launched with only as many programs as can run at the same time. The programs loop over the heads of
+all samples.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .pinv_steps import BACKWARD, DA, DY, DZ, FORWARD, A, Z, advance, differenti
 from .tiles import dot, row_products, store_tile
 
 WARPS_A_MULTIPROCESSOR = 8  # number of warps that fit on a multiprocessor if each thread has 255 registers
-# Largest number of iterations whose products do not overflow float16. Each iteration can scale Z and its gradient by 13 / 4.
+# Largest number of iterations whose products do not overflow float16. An iteration can multiply Z and dZ by up to 13 / 4.
 REGISTER_ITERATIONS = 8
 
 
@@ -51,7 +52,7 @@ def start(
     D: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, Q_MASKED: tl.constexpr, K_MASKED: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute A and the first Z and store them in `memory`. Return s, the divisor in Z_0 = A^T / s."""
+    """Compute A and Z_0 = A^T / s, store both in `memory`, and return s."""
     columns = tl.arange(0, SIZE)
     has_column = has_landmark(k_counts, i_b, k_counts_b, k_counts_l, columns, L, K_MASKED)
     sums = tl.zeros((SIZE,), COMPUTE)
@@ -74,7 +75,7 @@ def start_gradient(
     E: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, Q_MASKED: tl.constexpr, K_MASKED: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradient of the final Z and store it in `memory` as dZ. Set dA to zeros."""
+    """Compute the gradient of the final Z and store it in `memory` as matrix DZ. Fill matrix DA with zeros."""
     columns = tl.arange(0, SIZE)
     for row in tl.range(0, SIZE, STEP, disable_licm=True):
         rows = row + tl.arange(0, STEP)
@@ -90,14 +91,14 @@ def start_gradient(
 
 @triton.jit
 def end_gradient(memory, scale, SIZE: tl.constexpr, STEP: tl.constexpr, COMPUTE: tl.constexpr):
-    """Backpropagate through the first Z and the softmax, and store the gradient of q k^T in `memory` as matrix DY."""
+    """Backpropagate through Z_0 and the softmax, and store the gradient of q k^T in `memory` as matrix DY."""
     sums, products = tl.zeros((SIZE,), COMPUTE), tl.zeros((STEP,), COMPUTE)
     for row in tl.range(0, SIZE, STEP, disable_licm=True):
         a = tl.load(part(memory, A, row, 0, STEP, SIZE, SIZE))
         dz = tl.trans(tl.load(part(memory, DZ, 0, row, SIZE, STEP, SIZE)))
         sums += tl.sum(a, 0)
         products += tl.sum(a * dz, 1)
-    s, share = start_scale(sums)  # recomputed, because keeping these numbers would occupy registers during the steps
+    s, share = start_scale(sums)  # recomputed, because keeping these numbers would occupy registers during the iterations
     ds = -tl.sum(products, 0) / (s * s)
     for row in tl.range(0, SIZE, STEP, disable_licm=True):
         a = tl.load(part(memory, A, row, 0, STEP, SIZE, SIZE))
@@ -115,7 +116,7 @@ def pinv_forward_kernel(
     D: tl.constexpr, E: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr,
     Q_MASKED: tl.constexpr, K_MASKED: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute `out` for the heads of all samples. `pairs` is batch x heads."""
+    """Compute out = Z_T values for all heads of all samples. `pairs` is batch * heads."""
     landmarks = tl.arange(0, SIZE)
     memory += tl.program_id(0).to(tl.int64) * (FORWARD * SIZE * SIZE)
     for i_bh in range(tl.program_id(0), pairs, tl.num_programs(0)):
@@ -146,10 +147,11 @@ def pinv_backward_kernel(
     Q_MASKED: tl.constexpr, K_MASKED: tl.constexpr, NEED_Q: tl.constexpr, NEED_K: tl.constexpr, NEED_VALUES: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr, IN_MEMORY: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq, dk and dvalues for the heads of all samples.
+    """Compute dq, dk and dvalues for all heads of all samples.
 
-    If IN_MEMORY, the Z of each step is recomputed, starting from the first Z or from the saved Z of the middle step. Otherwise,
-    `history` stores the Z of each step. PARTS is the argument of pinv_registers.parts.
+    To backpropagate through an iteration, the kernel needs the Z before the iteration. If IN_MEMORY, it recomputes this Z from
+    Z_0 or from the Z that it saved before the middle iteration. Otherwise, it stores every Z in `history`. For PARTS, see
+    pinv_registers.parts.
     """
     landmarks = tl.arange(0, SIZE)
     inside = landmarks < L

@@ -1,4 +1,7 @@
-"""Device functions of all `pinv` kernels. They load landmarks and compute attention weights and s, the divisor in A^T / s."""
+"""Device functions that all `pinv` kernels use.
+
+They load landmarks, and compute the attention weights A and the divisor s in Z_0 = A^T / s.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,10 @@ from .tiles import LOG2E, load_tile, row_products
 
 @triton.jit
 def has_landmark(counts, i_b, counts_b, counts_l, landmarks, L, MASKED: tl.constexpr):
-    """Return a mask of the landmarks that exist and, if MASKED, are means of at least one token."""
+    """Return a mask of the valid landmarks. `landmarks` contains their indices.
+
+    A landmark is valid if its index is below L. If MASKED, it must also average at least one token.
+    """
     valid = landmarks < L
     if MASKED:
         valid &= tl.load(counts + i_b * counts_b + landmarks.to(tl.int64) * counts_l, mask=valid, other=0.0) > 0

@@ -1,6 +1,7 @@
-"""Kernels for `pinv` that keep the matrices of a head in registers (see _torch/pinv.py for the equations).
+"""Iterations of `pinv` on matrices in registers, and a forward kernel with these iterations.
 
-For every polynomial p, Z p(A Z) = p(Z A) Z. The kernels can therefore multiply from the left:
+See _torch/pinv.py for the equations. For every polynomial p, Z p(A Z) = p(Z A) Z. The kernels can therefore multiply from the
+left:
 
     X = Z A    W = X X - 7 X    Y = W X + 15 X    Z' = 1/4 (13 Z - Y Z)
 
@@ -18,15 +19,16 @@ from .pinv_landmarks import attention, has_landmark, load_rows, start_scale
 from .pinv_steps import DA, DY, DZ, A, Z, part
 from .tiles import cast, dot, store_tile
 
-UNIT = tl.constexpr(64.0)  # factor of operands that are split into two parts, so that the small part is not subnormal
-LARGEST = tl.constexpr(7)  # the largest element of dZ is scaled to at least 2^-LARGEST and less than twice that
+UNIT = tl.constexpr(64.0)  # factor of operands that are split into two parts, so that the low part is not subnormal
+LARGEST = tl.constexpr(7)  # the largest element of dZ is scaled to at least 2^-LARGEST and less than 2^(1 - LARGEST)
 
 
 @triton.jit
 def parts(x, PARTS: tl.constexpr):
     """Return x as two tiles, high and low, for `product`.
 
-    Both are x if PARTS is 0, and x in float16 if PARTS is 1. If PARTS is 2, they are two float16 parts of UNIT * x.
+    If PARTS is 0, both are x. If PARTS is 1, both are x in float16. If PARTS is 2, they are two float16 tiles whose sum
+    approximates UNIT * x.
     """
     if PARTS == 0:
         high, low = x, x
@@ -44,10 +46,10 @@ def parts(x, PARTS: tl.constexpr):
 def product(
     x, y, COMPUTE: tl.constexpr, PARTS: tl.constexpr, X_TURNED: tl.constexpr = False, Y_TURNED: tl.constexpr = False,
 ):  # fmt: skip
-    """Return x @ y. x is transposed if X_TURNED, and y is transposed if Y_TURNED. PARTS is the argument of `parts`.
+    """Return x @ y. x is transposed if X_TURNED, and y is transposed if Y_TURNED. For PARTS, see `parts`.
 
-    With two parts, the result has about the precision of float32. The product of the two small parts is below that precision,
-    so it is skipped.
+    With two parts, the result has about the precision of float32. The product of the two low parts is negligible at this
+    precision, so it is skipped.
     """
     zeros = tl.zeros((x.shape[0], y.shape[0]), COMPUTE)
     x, x_low = parts(x, PARTS)
@@ -65,7 +67,7 @@ def product(
 
 @triton.jit
 def polynomial(a, z, COMPUTE: tl.constexpr, PARTS: tl.constexpr):
-    """Return X and Y of a step."""
+    """Return X and Y, computed from A and Z."""
     x = product(z, a, COMPUTE, PARTS)
     w = product(x, x, COMPUTE, PARTS) - 7 * x
     return x, product(w, x, COMPUTE, PARTS) + 15 * x
@@ -73,16 +75,16 @@ def polynomial(a, z, COMPUTE: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def advance(a, z, COMPUTE: tl.constexpr, PARTS: tl.constexpr):
-    """Return the Z of the next step."""
+    """Return the Z after an iteration. `z` is the Z before it."""
     _, y = polynomial(a, z, COMPUTE, PARTS)
     return 3.25 * z - 0.25 * product(y, z, COMPUTE, PARTS)
 
 
 @triton.jit
 def normalize(dz, size, PARTS: tl.constexpr):
-    """Return dz times a power of two, and `size` divided by the same power. If PARTS is 0, return both unchanged.
+    """Return dz multiplied by a power of two, and `size` divided by the same power. If PARTS is 0, return both unchanged.
 
-    The products of the scaled dz neither overflow float16 nor become subnormal.
+    The scaling keeps dz and its products within the range of float16.
     """
     if PARTS > 0:
         exponent = tl.max(tl.max(tl.abs(dz), 1), 0).to(tl.int32, bitcast=True) >> 23
@@ -94,9 +96,10 @@ def normalize(dz, size, PARTS: tl.constexpr):
 
 @triton.jit
 def differentiate(memory, a, z, dz, SIZE: tl.constexpr, COMPUTE: tl.constexpr, PARTS: tl.constexpr):
-    """Return the gradient of this step's Z and this step's contribution to dA. dz is the gradient of the next step's Z.
+    """Backpropagate through an iteration. `z` is the Z before it, and `dz` is the gradient of the Z after it.
 
-    X and Y are symmetric up to rounding, so they are not transposed.
+    Return the gradient of `z`, and the contribution of the iteration to dA. X and Y are symmetric up to rounding, so they are
+    not transposed.
     """
     p_dz, p_dy = part(memory, DZ, 0, 0, SIZE, SIZE, SIZE), part(memory, DY, 0, 0, SIZE, SIZE, SIZE)
     x, y = polynomial(a, z, COMPUTE, PARTS)
@@ -120,19 +123,23 @@ def differentiate(memory, a, z, dz, SIZE: tl.constexpr, COMPUTE: tl.constexpr, P
 
 @triton.jit
 def advance_all(memory, history, iterations, SIZE: tl.constexpr, COMPUTE: tl.constexpr, PARTS: tl.constexpr):
-    """Replace the first Z in `memory` with the last one, and store the Z of each step in `history`."""
+    """Run all iterations. Replace Z in `memory` with the result, and store the Z before each iteration in `history`."""
     a, z = tl.load(part(memory, A, 0, 0, SIZE, SIZE, SIZE)), tl.load(part(memory, Z, 0, 0, SIZE, SIZE, SIZE))
     for t in tl.range(0, iterations, disable_licm=True):
         tl.store(part(history, 0, t * SIZE, 0, SIZE, SIZE, SIZE), cast(z, history.dtype.element_ty))
         z = advance(a, z, COMPUTE, PARTS)
-    tl.debug_barrier()  # wait until all threads have read the first Z
+    tl.debug_barrier()  # wait until all threads have read Z_0
     tl.store(part(memory, Z, 0, 0, SIZE, SIZE, SIZE), z)
     tl.debug_barrier()
 
 
 @triton.jit
 def differentiate_all(memory, history, iterations, SIZE: tl.constexpr, COMPUTE: tl.constexpr, PARTS: tl.constexpr):
-    """Replace dZ, the gradient of the last Z, with the gradient of the first one. Add the contributions of all steps to dA."""
+    """Backpropagate through all iterations.
+
+    Matrix DZ in `memory` contains the gradient of the final Z. Replace it with the gradient of Z_0. Add the contributions of
+    all iterations to matrix DA.
+    """
     p_dz, p_da = part(memory, DZ, 0, 0, SIZE, SIZE, SIZE), part(memory, DA, 0, 0, SIZE, SIZE, SIZE)
     dz, size = tl.load(p_dz), tl.full((), 1.0, COMPUTE)
     for t in tl.range(iterations - 1, -1, -1, disable_licm=True):
@@ -152,7 +159,7 @@ def store_products(
     x, y, out, y_l, out_l, counts, i_b, counts_b, counts_l, L, TURNED: tl.constexpr,
     WIDTH: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store x @ y, with x transposed if TURNED. `counts` contains the number of tokens that each landmark averages."""
+    """Store x @ y in `out`. x is transposed if TURNED. `counts` contains the number of tokens that each landmark averages."""
     o_l = tl.arange(0, SIZE)
     if TURNED:
         x = tl.trans(x)
@@ -170,7 +177,7 @@ def pinv_forward_registers_kernel(
     D: tl.constexpr, E: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr,
     Q_MASKED: tl.constexpr, K_MASKED: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Compute `out` for one head of a sample."""
+    """Compute out = Z_T values for one head of one sample."""
     i_b, i_h = (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)
     q, k, values = q + i_b * q_b + i_h * q_h, k + i_b * k_b + i_h * k_h, values + i_b * values_b + i_h * values_h
     o_l = tl.arange(0, SIZE)

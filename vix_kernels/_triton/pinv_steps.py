@@ -1,9 +1,8 @@
-"""Steps of the pseudo-inverse iteration on matrices in global memory (see _torch/pinv.py for the equations).
+"""Iterations of `pinv` on matrices in global memory (see _torch/pinv.py for the equations).
 
-The matrices of a head are SIZE x SIZE, and their rows and columns beyond the landmarks are zero. The matrices are stored one
-after the other in global memory that only one program uses. A product computes ROWS rows at a time and sums over STEP columns
-of the left matrix per iteration, so it needs few registers. Barriers are needed because threads read values that other threads
-have stored.
+The matrices of a head are padded with zeros to SIZE x SIZE. They are stored one after the other in a buffer that only one
+program uses. To save registers, `multiply` computes ROWS rows at a time, and sums over STEP columns of the left matrix at a
+time. Barriers are needed because threads read values that other threads have stored.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import triton.language as tl
 
 from .tiles import dot
 
-# The index (PLACE) of each matrix in the memory of a program. The forward kernel uses only the first FORWARD matrices. dW
+# The index (PLACE) of each matrix in the buffer of a program. The forward kernel uses only the first FORWARD matrices. dW
 # overwrites Y, and dX overwrites dY, once the old matrix is no longer needed.
 A, Z, X, W, Y = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
 DY, DZ, DA, MIDDLE = tl.constexpr(5), tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
@@ -68,7 +67,7 @@ def multiply(
 
 @triton.jit
 def polynomial(memory, L, SIZE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr):
-    """Compute X, W and Y of a step from A and Z."""
+    """Compute X, W and Y from A and Z."""
     multiply(memory, A, Z, X, L, SIZE, STEP, PRECISION)
     multiply(memory, X, X, W, L, SIZE, STEP, PRECISION, OTHER=X, WEIGHT=-7)
     multiply(memory, X, W, Y, L, SIZE, STEP, PRECISION, OTHER=X, WEIGHT=15)
@@ -76,14 +75,17 @@ def polynomial(memory, L, SIZE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.
 
 @triton.jit
 def advance(memory, L, SIZE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr):
-    """Replace Z with the Z of the next step."""
+    """Run one iteration: replace Z with the next Z."""
     polynomial(memory, L, SIZE, STEP, PRECISION)
     multiply(memory, Z, Y, Z, L, SIZE, STEP, PRECISION, OTHER=Z, WEIGHT=-13, FACTOR=-0.25)
 
 
 @triton.jit
 def differentiate(memory, L, SIZE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr):
-    """Replace dZ, the gradient of the next step's Z, with the gradient of this step's Z. Add this step's contribution to dA."""
+    """Backpropagate through an iteration. Z is the matrix before the iteration.
+
+    Replace dZ, the gradient of the Z after the iteration, with the gradient of Z. Add the contribution of the iteration to dA.
+    """
     polynomial(memory, L, SIZE, STEP, PRECISION)
     multiply(memory, Z, DZ, DY, L, SIZE, STEP, PRECISION, LEFT_TURNED=True, FACTOR=-0.25)
     multiply(memory, DZ, Y, DZ, L, SIZE, STEP, PRECISION, RIGHT_TURNED=True, OTHER=DZ, WEIGHT=-13, FACTOR=-0.25)
@@ -97,7 +99,7 @@ def differentiate(memory, L, SIZE: tl.constexpr, STEP: tl.constexpr, PRECISION: 
 
 @triton.jit
 def restart(memory, s, late, SIZE: tl.constexpr, STEP: tl.constexpr):
-    """Set Z to the saved Z of the middle step if `late`, otherwise to the first Z, A^T / s."""
+    """Set Z to Z_0 = A^T / s or, if `late`, to the matrix that `keep_middle` has saved."""
     for row in range(0, SIZE, STEP):
         z = tl.trans(tl.load(part(memory, A, 0, row, SIZE, STEP, SIZE))) / s
         if late:
@@ -108,7 +110,7 @@ def restart(memory, s, late, SIZE: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def keep_middle(memory, SIZE: tl.constexpr, STEP: tl.constexpr):
-    """Save Z as the Z of the middle step, for `restart`."""
+    """Save Z for `restart`. The caller calls this function before the middle iteration."""
     for row in range(0, SIZE, STEP):
         z = tl.load(part(memory, Z, row, 0, STEP, SIZE, SIZE))
         tl.store(part(memory, MIDDLE, row, 0, STEP, SIZE, SIZE), z)

@@ -3,8 +3,8 @@
 Keys and values are two independent sums. The last axis of each grid selects one of them. A program accumulates a tile of only
 one sum, so a tile can have as many slots as matrix instructions need.
 
-The kernels are specialized for the number of slots, because a multiple of 16 allows 128-bit loads. They are not specialized for
-the number of tokens.
+Triton specializes the kernels on whether the number of slots is divisible by 16, because divisibility allows 128-bit loads. The
+kernels are not specialized on the number of tokens.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def project_tokens_kernel(
             b_dkeys = load_slots(dkeys, o_m, dkeys_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
             b_dk = dot(b_e, b_dkeys, b_dk, PRECISION)
         if MASKED:
-            b_dk = tl.where(valid[:, None], b_dk, 0.0)  # masked tokens get 0 even if a slot's gradient is NaN
+            b_dk = tl.where(valid[:, None], b_dk, 0.0)  # masked tokens have gradient 0, even if the gradient of a slot is NaN
         dk += i_b * dk_b + i_h * dk_h
         store_unrotated(b_dk, dk, o_n, dk_n, inside, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED)
     else:
@@ -143,10 +143,9 @@ def token_products(
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, MASKED: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return acc (tokens, slots) plus the products <k_n, dkeys_j> of tokens and slots.
+    """Return acc (tokens, slots) plus the sum of the products <k_n, dkeys_j> over the items from `first` to `last` (exclusive).
 
-    The products are summed in a fixed order over the items from `first` to `last` (exclusive). Item i is sample i // heads and
-    head i_h + i % heads.
+    Item i is sample i // heads and head i_h + i % heads. The order of summation is fixed.
     """
     for i in range(first, last):
         i_b, j_h = (i // heads).to(tl.int64), i_h + i % heads
@@ -173,8 +172,8 @@ def project_weights_kernel(
 ):  # fmt: skip
     """Compute dE or dF for a tile of tokens and slots, summed over a chunk of items.
 
-    An item is a pair of a sample and a head. All items that are summed use the same projection (E or F). If ONE, E projects
-    both keys and values, so dE is the sum of both gradients.
+    An item is a (sample, head) pair. All items in a chunk use the same projection (E or F). If ONE, E projects both keys and
+    values, so dE is the sum of both gradients.
     """
     token_tiles, slot_tiles = tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M)
     part = (tl.program_id(0) // (token_tiles * slot_tiles)).to(tl.int64)
@@ -210,7 +209,7 @@ def project_weights_kernel(
 
 
 def meta(config: LaunchConfig, width: int, value_width: int) -> dict[str, Any]:
-    """Return the constexprs and launch options that the three project_* kernels share."""
+    """Return the constexprs and launch options that the three kernels share."""
     options = config.meta(width, value_width)
     del options["SPLIT"]  # projections are rounded to the tokens' dtype, as under autocast, and not split
     return options

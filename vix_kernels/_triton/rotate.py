@@ -1,6 +1,7 @@
-"""Kernels for `rotate`: the rotary embedding of q and k in one launch, and the gradient of the angles.
+"""Kernels for `rotate`.
 
-The gradients of q and k are computed by the same kernel as the rotary embedding, with INVERSE set.
+One kernel applies the rotary embedding to q and k or, with INVERSE set, computes the gradients of q and k. Another kernel
+computes the gradient of the angles.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def angle_gradient_kernel(
 ):  # fmt: skip
     """Compute the gradient of the angles for a tile of tokens.
 
-    The gradient is summed in a fixed order over a chunk of items. An item is a pair of a sample and a head. All items of a sum
-    share the angles.
+    The gradient is summed in a fixed order over a chunk of items. An item is a (sample, head) pair. All items in a chunk use
+    the same angles.
     """
     part, o_n, inside = token_program(N, BLOCK_N)
     i_h = part // chunks

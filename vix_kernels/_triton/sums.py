@@ -1,8 +1,8 @@
 """Two-stage sums over many items. With only one program per result, most of the device would be idle.
 
-In the first stage, the items, for example samples and heads, are split into chunks. Separate programs process each chunk and
-write partial sums. In the second stage, the kernel in this file adds the partial sums of all chunks. In both stages, the order
-of summation depends only on the sizes and the device, so repeated calls return bit-identical results.
+In the first stage, the items, for example (sample, head) pairs, are split into chunks. Different programs process different
+chunks and write partial sums. In the second stage, the kernel in this file adds the partial sums of all chunks. In both stages,
+the order of summation depends only on the sizes and the device, so repeated calls return bit-identical results.
 """
 
 from __future__ import annotations
@@ -52,13 +52,16 @@ def split_items(config: LaunchConfig, programs: int, items: int) -> tuple[int, i
     if config.multiprocessors:
         wanted, least = PROGRAMS_A_MULTIPROCESSOR * config.multiprocessors // max(1, programs), LEAST_ITEMS
     else:
-        wanted, least = items, 2  # the interpreter always splits, so tests with small inputs also run the second stage
+        wanted, least = items, 2  # the interpreter always splits, so that the second stage runs even for small inputs
     size = max(least, cdiv(items, max(1, wanted)))
     return size, max(1, cdiv(items, size))
 
 
 def sum_chunks(config: LaunchConfig, outer: int, chunks: int, *pairs: tuple[Tensor, Tensor]) -> None:
-    """For one or two pairs (parts, sums), sum `parts` (outer, chunks, ...) over the chunks into `sums` (outer, ...)."""
+    """Sum `parts` (outer, chunks, ...) over the chunks and store the result in `sums` (outer, ...).
+
+    `pairs` contains one or two pairs (parts, sums).
+    """
     sizes = [sums.numel() // max(1, outer) for _, sums in pairs]
     (parts, sums), (more_parts, more_sums) = pairs[0], pairs[-1]
     block = 128

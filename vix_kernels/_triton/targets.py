@@ -1,4 +1,4 @@
-"""GPUs that kernels can be compiled for, and the occupancy of kernels on them.
+"""GPUs for which kernels can be compiled, and the occupancy of kernels on these GPUs.
 
 A multiprocessor is an SM on NVIDIA and a compute unit on AMD. AMD's wavefronts are called warps here, and its workgroups are
 called blocks.

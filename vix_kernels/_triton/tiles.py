@@ -106,7 +106,7 @@ def stream_program(N, chunk):
 
 @triton.jit
 def is_valid(mask, i_b, mask_b, mask_n, o_n, inside, MASKED: tl.constexpr):
-    """Return a mask of the tokens that are `inside` and, if MASKED, valid."""
+    """Return the mask `inside`. If MASKED, invalid tokens are excluded."""
     if MASKED:
         inside &= tl.load(mask + i_b * mask_b + o_n.to(tl.int64) * mask_n, mask=inside, other=0) != 0
     return inside
@@ -114,7 +114,7 @@ def is_valid(mask, i_b, mask_b, mask_n, o_n, inside, MASKED: tl.constexpr):
 
 @triton.jit
 def table_start(head, angle_h, ROTARY: tl.constexpr):
-    """Return where the table of a head starts in cos and sin.
+    """Return the offset of a head's table in cos and sin.
 
     A table has a row of ROTARY / 2 elements per token. If ROTARY / 2 is a multiple of 4, 8 or 16, so is head * angle_h.
     tl.multiple_of passes this hint to the compiler, which can then load up to 128 bits at a time.
@@ -135,8 +135,8 @@ def rotate_pairs(
 ):  # fmt: skip
     """Rotate the pairs of columns of x (rows, BLOCK_D), or rotate them back if INVERSE.
 
-    For each row of x, `angles` contains the index of a row of the tables cos and sin. Columns whose index is ROTARY or greater
-    do not change.
+    For each row of x, `angles` contains the index of a row of cos and sin. `column` is the index of the first column of x in
+    the head. Columns of the head with an index of ROTARY or greater do not change.
     """
     pairs = column // 2 + tl.arange(0, x.shape[1] // 2)
     at = angles[:, None] * (ROTARY // 2) + pairs[None, :]
@@ -177,7 +177,7 @@ def pair_channels(BLOCK_D: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr, 
 def load(pointers, mask, AGAIN: tl.constexpr):
     """Load values, or 0 where `mask` is False.
 
-    AGAIN is for a second load after a loop. It sets an eviction policy that keeps the compiler from reusing the first load.
+    Set AGAIN for a second load after a loop. The eviction policy then keeps the compiler from reusing the first load.
     """
     if AGAIN:
         x = tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first")
@@ -282,9 +282,9 @@ def store_slots(
     x, base, part, o_m, M,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile of slots, or of their gradients, that was computed from one chunk of tokens.
+    """Store a tile x of slots or slot gradients, computed from one chunk of tokens.
 
-    The columns of x are in the order that load_slots uses. They are stored in channel order.
+    The columns of x are in the order of load_slots. They are stored in channel order.
     """
     columns = slot_channels(D, BLOCK_D, ROTARY, INTERLEAVED)
     inside = (o_m < M)[:, None] & (columns < D)[None, :]
@@ -293,7 +293,7 @@ def store_slots(
 
 @triton.jit
 def store_state(b_values, b_number, values, number, part, o_m, M, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Store the results of one chunk of tokens for a tile of slots: a row of values and a number per slot."""
+    """Store the results of one chunk of tokens for a tile of slots: a row of values and a scalar, such as lse, per slot."""
     rows = part * M + o_m
     o_e = tl.arange(0, BLOCK_E)
     tl.store(number + rows, b_number, mask=o_m < M)
@@ -304,8 +304,8 @@ def store_state(b_values, b_number, values, number, part, o_m, M, E: tl.constexp
 def exps_below(logits, row_max):
     """Return exp2(logits - row_max), limited to 1.
 
-    `row_max` holds the largest logit of each slot in the forward pass. In the backward pass, a logit can be slightly larger,
-    because it can be rounded differently.
+    `row_max` contains the largest logit of each slot in the forward pass. In the backward pass, a logit can be slightly larger
+    than `row_max`, because it can be rounded differently.
     """
     return tl.exp2(tl.minimum(logits - row_max, 0.0))
 

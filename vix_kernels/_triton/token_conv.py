@@ -23,7 +23,7 @@ from .tiles import cast, dot, load_tile, store_tile
 
 @triton.jit
 def valid_rows(rows, first, last, mask, mask_n, MASKED: tl.constexpr):
-    """Return a mask of the rows that are at least `first`, less than `last` and, if MASKED, valid tokens."""
+    """Return a mask of the rows from `first` to `last` (exclusive). If MASKED, the rows of invalid tokens are excluded."""
     valid = (rows >= first) & (rows < last)
     if MASKED:
         valid &= tl.load(mask + rows.to(tl.int64) * mask_n, mask=valid, other=0) != 0

@@ -1,4 +1,4 @@
-"""Integration with diffusers: replace the self-attention layers in its models."""
+"""Integration with diffusers: replace the self-attention in diffusers models."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **opt
 
         report = replace_attention(pipeline.transformer, "nystrom", num_landmarks=64)
 
-    The processor of each self-attention layer with an AttnProcessor2_0 is replaced. Layers with other processors are not
-    supported. Examples are the attention layers in Flux and SD3, which process several token streams.
+    A VixAttnProcessor replaces the AttnProcessor2_0 of each self-attention layer. Layers with other processors, such as the
+    attention layers of Flux and SD3, are not supported.
 
     Args:
         model: a diffusers model that contains diffusers.models.attention_processor.Attention modules.

@@ -1,8 +1,8 @@
 """A replacement for softmax attention, with the signature of `torch.nn.functional.scaled_dot_product_attention`.
 
-The integrations call this replacement instead of that function. A core (see nn/core.py) computes the attention. Arguments that
-the core does not support raise NotImplementedError, because ignoring them would silently change the results. There are two
-exceptions: with dropout="ignore", dropout is ignored, and the op "linear" always ignores the scale.
+The integrations call this replacement instead of `scaled_dot_product_attention`. A core (see nn/core.py) computes the
+attention. Arguments that the core does not support raise NotImplementedError, because ignoring them would silently change the
+results. There are two exceptions: with dropout="ignore", dropout is ignored, and the op "linear" always ignores the scale.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def _admit(core: type[Mixer]) -> None:
 class DropIn(Mounted):
     """An attention module with the signature of `scaled_dot_product_attention`.
 
-    An integration creates a DropIn from the user's options. `replace_sdpa` and `register` call this DropIn directly.
-    `replace_attention` and `replace_mha` add a copy of it to each attention module as the child module `vix`. Only these copies
-    can have parameters. In models of this library, `replace_attention` adds no copies, but changes the core (see nn/core.py) of
-    each attention module.
+    An integration creates a DropIn from the user's options. `replace_sdpa` and `register` use this DropIn directly.
+    `replace_attention` and `replace_mha` add a copy of the DropIn to each attention module, as the child module `vix`. Only
+    these copies can have parameters. Models of this library need no copies: `replace_attention` changes the core (see
+    nn/core.py) of each attention module.
 
     Args:
         op: the attention method: "nystrom", "performer", "feature", "linear", "agent", or the name of a core that another
@@ -50,17 +50,17 @@ class DropIn(Mounted):
         options: options of the core. "nystrom" accepts num_landmarks, landmarks, grid_size, prefix_tokens, pinv_iterations,
             pinv_init and residual_conv_kernel; "performer" accepts num_features and seed; "feature" accepts num_features,
             gaussian and seed; "linear" accepts feature_map and eps; "agent" accepts num_agents, grid_size and prefix_tokens.
-            All except "linear" accept exact_prefix. If it is True, the default, class and register tokens use exact softmax
-            attention. If num_landmarks or num_agents exceeds the number of tokens, fewer landmarks or agents are used. The
-            random features of "performer" are generated from `seed` and are not saved with the model.
+            All except "linear" accept exact_prefix. With exact_prefix=True (the default), class and register tokens use exact
+            softmax attention. If num_landmarks or num_agents exceeds the number of tokens, fewer landmarks or agents are used.
+            The random features of "performer" are generated from `seed` and are not saved with the model.
 
     Attributes:
         core: the core that computes the attention.
         host: the class of the attention module before the replacement, or None if the module was created with this attention.
         prefix_tokens: the number of class and register tokens of the model, or 0 if this number is unknown.
         num_tokens: the number of tokens at the model's configured image size, or None if this number is unknown.
-        grid: the hook that records the token grid of each call. Landmarks and agents are placed on this grid. None: they are
-            placed as the options specify.
+        grid: the hook that records the token grid of each call. Landmarks and agents are placed on this grid. If `grid` is
+            None, the options determine the placement.
     """
 
     # Defaults for instances that earlier versions pickled without these attributes
@@ -93,7 +93,10 @@ class DropIn(Mounted):
         self.is_mounted = False
 
     def mounted(self, site: Site) -> DropIn:
-        """Return a copy for the layer at `site`. It has separate parameters, and random features that depend on the layer."""
+        """Return a copy for the layer at `site`.
+
+        The copy has separate parameters, and its random features depend on the layer.
+        """
         copy = DropIn(self.op, retrain=True, backend=self.backend, dropout=self.dropout, **self.options)
         copy.core = self.core.fit(site)
         if copy.core.needs_module():
@@ -120,7 +123,7 @@ class DropIn(Mounted):
         return self
 
     def place(self, prefix_tokens: int, grid: TokenGrid | None) -> None:
-        """Place landmarks or agents on `grid`, after `prefix_tokens` tokens, unless the options specify a different placement.
+        """Place landmarks or agents on `grid`, after `prefix_tokens` tokens, unless the options specify another placement.
 
         With the option exact_prefix=True, the first `prefix_tokens` tokens use exact softmax attention. With
         landmarks="pad_front", exact_prefix=True has no effect.
@@ -141,9 +144,9 @@ class DropIn(Mounted):
         return self.options.get("landmarks", "grid") == "grid"
 
     def placed(self, tokens: int | None = None) -> Core:
-        """Return the core for a call with `tokens` tokens. If a grid was recorded, landmarks or agents are placed on it.
+        """Return the core for a call with `tokens` tokens. If a grid was recorded, the core places landmarks or agents on it.
 
-        If `tokens` is None, use the grid of the latest call.
+        If `tokens` is None, the core uses the grid of the latest call.
         """
         size = None if self.grid is None else self.grid.size_of(None if tokens is None else tokens - self.core.prefix_tokens)
         return self.core if size is None else self.core.on_grid(size)
@@ -174,7 +177,7 @@ class DropIn(Mounted):
         group: Any | None = None,
         grid_size: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Compute attention like `scaled_dot_product_attention`.
+        """Return the attention output. The positional arguments are those of `scaled_dot_product_attention`.
 
         query, key, value and the output have shape (batch, heads, tokens, head_dim).
 
@@ -262,7 +265,7 @@ class TokenGrid:
 
 
 def _check_places(core: Core, *lengths: int) -> None:
-    """Check that the prefix and the grid of `core` match sequences of the given lengths."""
+    """Raise NotImplementedError if the prefix or the grid of `core` does not match sequences of the given lengths."""
     prefix, grid = core.prefix_tokens, core.grid_size
     for tokens in lengths:
         if tokens <= prefix:

@@ -1,6 +1,6 @@
-"""Helper functions for the integrations with host libraries, which define the models whose attention is replaced.
+"""Helper functions for the integrations: check library versions, replace attention modules, and undo replacements.
 
-The functions check library versions, replace attention modules, and undo replacements.
+A host library defines the models whose attention is replaced.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ENTRY = "vix_attention"  # entry of a transformers configuration that describes 
 
 
 def require(package: str, oldest: str) -> None:
-    """Raise ImportError unless version `oldest` or newer of `package` is installed."""
+    """Raise ImportError if `package` is not installed or is older than version `oldest`."""
     try:
         found = version(package)
     except PackageNotFoundError:
@@ -84,9 +84,9 @@ def replace_each(
     site_of: Callable[[nn.Module], Site] = lambda module: Site(module.head_dim, module.num_heads),
     place: Callable[[str, DropIn], None] = lambda name, attention: None,
 ) -> Report:
-    """Make every supported attention module in `model` use a copy of `attention`, which is added as the child module `vix`.
+    """Replace the attention of every supported attention module in `model`.
 
-    If an error occurs, undo all replacements.
+    The new child module `vix`, a copy of `attention`, computes the attention. If an error occurs, undo all replacements.
 
     Args:
         model: the host model.
@@ -180,8 +180,8 @@ class Snapshot:
 def _copy(value: Any) -> Any:
     """Copy a dict or an OrderedDict, such as a module's `_parameters` or `_forward_hooks`. Return any other value unchanged.
 
-    Other subclasses of dict, such as diffusers' read-only configurations, are not copied, because changing them in place may
-    raise an error.
+    Other subclasses of dict are not copied, because `restore` cannot change all of them in place. For example, diffusers'
+    configurations are read-only.
     """
     return value.copy() if type(value) in (dict, OrderedDict) else value
 
@@ -280,7 +280,7 @@ class _Patched(type):
     """Metaclass of the classes that `patched` returns. Pickle recreates these classes instead of importing them."""
 
 
-_HOSTS: dict[type, type[nn.Module]] = {}  # maps each class that `patched` returned to `host`
+_HOSTS: dict[type, type[nn.Module]] = {}  # maps each result of `patched` to the argument `host`
 
 
 @cache
@@ -301,7 +301,7 @@ copyreg.pickle(_Patched, _reduce)
 
 
 def unpatch(model: nn.Module) -> list[str]:
-    """Undo `patch` in a performer-pytorch, nystrom-attention or linformer model, in place.
+    """Undo `patch` in place. The model can be from performer-pytorch, nystrom-attention or linformer.
 
     Returns:
         the names of the restored modules.
@@ -319,7 +319,7 @@ def unpatch(model: nn.Module) -> list[str]:
 
 
 def reason_against_linear(module: nn.Module, *names: str) -> str:
-    """Return an empty string if all layers in `names` are nn.Linear modules without bias. Otherwise, return an error message.
+    """Return an error message if a layer named in `names` is not an nn.Linear without bias, otherwise an empty string.
 
     The replacements apply these layers to zeros or to sums of tokens, so a bias or another class would change the results.
     """
@@ -332,7 +332,7 @@ def reason_against_linear(module: nn.Module, *names: str) -> str:
 
 
 def selected(found: Iterable[tuple[str, nn.Module]], layers: Sequence[str] | None) -> list[tuple[str, nn.Module]]:
-    """Return the pairs in `found` whose names match one of the patterns in `layers`, or all pairs if `layers` is None."""
+    """Return the pairs (name, module) in `found` whose name matches a pattern in `layers`. If `layers` is None, return all."""
     found = list(found)
     if layers is None:
         return found

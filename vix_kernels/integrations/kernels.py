@@ -18,7 +18,7 @@ DEVICES = ("cuda", "rocm", "cpu")
 class VixNystromformerSelfAttention(nn.Module):
     """Layer that the kernels library substitutes for NystromformerSelfAttention.
 
-    It has no state, because the library only uses its forward method.
+    This layer has no state, because the kernels library only uses its forward method.
     """
 
     can_torch_compile = True
@@ -42,7 +42,7 @@ class VixFNetBasicFourierTransform(nn.Module):
 
 @dataclass(frozen=True)
 class InPackage:
-    """Entry of the kernels library's layer mapping. The layer is defined in this package, so nothing is downloaded."""
+    """Entry in the layer mapping of the kernels library. The layer is defined in this package, so nothing is downloaded."""
 
     layer: type[nn.Module]
 

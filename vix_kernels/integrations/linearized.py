@@ -1,9 +1,9 @@
 """Save and load models in which softmax attention was replaced.
 
 The models are from this library, timm or transformers, or contain nn.MultiheadAttention. Each model is saved to a folder, as
-model.safetensors and linearized.json. linearized.json lists the attention method and its options for each replaced layer. Names
-in this file are only looked up in registries of this library, timm and transformers: those of attention methods, models,
-activations and norms. They are never imported.
+model.safetensors and linearized.json. For each replaced layer, linearized.json lists the attention method and its options. The
+file contains names of attention methods, models, activations and normalization layers. These names are only looked up in
+registries of this library, timm and transformers, and are never imported.
 """
 
 from __future__ import annotations
@@ -62,17 +62,18 @@ SETTINGS = """
 def save_linearized(
     model: nn.Module, folder: str | Path, *, data: dict[str, Any] | None = None, overwrite: bool = False
 ) -> None:
-    """Save a model whose attention was replaced, for example by `linearize`, to a folder.
+    """Save a model with replaced attention to a folder, for example after `linearize`.
 
     model.safetensors and linearized.json are written completely before either appears in the folder. If `model` is from timm,
-    transformers or this library, but `load_linearized(folder)` will not be able to create it, a warning states the reason.
+    transformers or this library and `load_linearized` cannot create it, a warning states the reason.
 
     Args:
         model: a model from this library, timm or transformers, or one with nn.MultiheadAttention.
         folder: the folder to write.
-        data: a description of the training images: "classes" (names), and "mean" and "std" of each channel, for pixel values in
-            [0, 1]. Defaults to model.config["data"] for models that `vix train` trained.
-        overwrite: whether to replace a model that this function saved in the folder.
+        data: a dict that describes the training images. "classes" lists the class names. "mean" and "std" list the mean and the
+            standard deviation of each channel, for pixel values in [0, 1]. Defaults to model.config["data"] for models that
+            `vix train` trained.
+        overwrite: whether to replace a model that an earlier call saved in the folder.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -131,7 +132,7 @@ def reason_against_creating(model: nn.Module) -> str:
     """Return why `load_linearized` cannot create `model` from a saved folder, or an empty string if it can.
 
     This function can be called before or after the attention of `model` is replaced. For models that are not from this library,
-    timm or transformers, the result is an empty string, although `load_linearized` never creates them.
+    timm or transformers, the result is an empty string, although `load_linearized` cannot create them.
     """
     if host_of(model) == "torch.nn":
         return ""
@@ -151,9 +152,9 @@ def load_linearized(folder: str | Path, model: nn.Module | None = None) -> nn.Mo
 
     Args:
         folder: the folder that `save_linearized` wrote.
-        model: a new model with the architecture of the saved model and with softmax attention. It is changed in place. None:
-            create the model. This is only possible for models from this library, timm and transformers. For a timm model, the
-            arguments of timm.create_model must have been None, numbers, booleans, strings, or lists or tuples of these.
+        model: a new model with the architecture of the saved model and with softmax attention. It is changed in place. If
+            None, create the model. Only models from this library, timm and transformers can be created. A timm model can only
+            be created if the arguments of timm.create_model were None, numbers, booleans, strings, or lists or tuples of these.
 
     Raises:
         FileNotFoundError: the folder or a file is missing.
@@ -186,7 +187,7 @@ def load_linearized(folder: str | Path, model: nn.Module | None = None) -> nn.Mo
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Check the contents of linearized.json in `folder`, and return them."""
+    """Check and return the contents of linearized.json in `folder`. Lists in options become tuples."""
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"folder: expected a folder written by save_linearized, got {folder}, which has no {CONFIG}")
@@ -213,9 +214,9 @@ def _described_model(model: nn.Module) -> dict[str, Any]:
 
 
 def _restore(model: nn.Module, config: dict[str, Any], state: Mapping[str, Tensor], path: Path, cast: bool) -> None:
-    """Replace the attention of a new model, and load the weights in `state`.
+    """Replace the attention of a new model as `config` specifies, and load the weights in `state`.
 
-    If `cast` is True, first cast the parameters and buffers of the model to the dtypes in `state`.
+    If `cast` is True, cast the parameters and buffers of the model to the dtypes in `state` before loading.
     """
     for name, layer in config["layers"].items():
         _put(model, name, layer, path)
@@ -234,7 +235,10 @@ def options_of(layer: dict[str, Any]) -> dict[str, Any]:
 
 
 def described(holder: Mounted) -> dict[str, Any]:
-    """Return a JSON description of the attention in `holder`: its op, options and backend, and whether it ignores dropout."""
+    """Return a JSON-serializable dict that describes the attention in `holder`.
+
+    The keys are "op", "options" and "backend", and "dropout" if dropout is ignored.
+    """
     core: Core = holder.core
     options = {each.name: getattr(core, each.name) for each in fields(core)}
     if isinstance(holder, DropIn) and holder.grid is not None:  # landmarks or agents are placed on the grid of each call
@@ -244,7 +248,7 @@ def described(holder: Mounted) -> dict[str, Any]:
 
 
 def _put(model: nn.Module, name: str, layer: dict[str, Any], path: Path) -> None:
-    """Replace the attention of one layer, and cast its new parameters to float32, the dtype in which they are trained."""
+    """Replace the attention of one layer, and cast the new parameters to float32, the dtype in which they are trained."""
     op, options, backend = layer["op"], layer["options"], layer.get("backend", "auto")
     try:
         backends.check(backend)
@@ -262,10 +266,9 @@ def _put(model: nn.Module, name: str, layer: dict[str, Any], path: Path) -> None
 
 
 def _structure(model: nn.Module) -> str:
-    """Return a digest of the modules of a model and their settings.
+    """Return a digest of the names, classes and settings of the modules in `model`.
 
-    The child modules `vix` are skipped. Dropout modules and nn.Identity are also skipped, because timm uses nn.Identity in
-    place of dropout with rate 0.
+    The digest skips child modules `vix`, dropout modules and nn.Identity. timm uses nn.Identity for dropout with rate 0.
     """
     lines = []
     for name, module in model.named_modules():
@@ -328,18 +331,18 @@ def _describe_host(model: nn.Module) -> dict[str, Any]:
 
 
 def _number(value: Any) -> Any:
-    """Convert a NumPy number or a zero-dimensional tensor to a Python number, and return other values unchanged."""
+    """Convert a NumPy number or a zero-dimensional tensor to a Python number. Return other values unchanged."""
     return value.item() if getattr(value, "shape", None) == () else value
 
 
 def _is_argument(name: str, value: Any) -> bool:
-    """Return whether linearized.json may contain this argument of timm.create_model."""
+    """Return whether linearized.json may contain the argument `name` of timm.create_model with `value`."""
     values = value if isinstance(value, list | tuple) else [value]
     return name in TIMM_ARGUMENTS and all(isinstance(each, str | int | float | None) for each in values)
 
 
 def _create_host(host: dict[str, Any], path: Path) -> nn.Module:
-    """Create the model described by `host`, the entry "host" of the file at `path`."""
+    """Return a new model as described by `host`, the entry "host" of the file at `path`."""
     library, name, arguments = host.get("library"), host.get("name"), host.get("arguments", {})
     if not isinstance(arguments, dict):
         raise ValueError(f"{path}: host: arguments: expected a mapping, got {arguments!r}")

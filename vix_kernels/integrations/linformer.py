@@ -2,7 +2,7 @@
 
     from vix_kernels.integrations.linformer import LinformerSelfAttention
 
-Unlike the package's module, this module raises an error for unknown arguments of forward.
+Unlike the package's module, this module raises an error if forward receives unknown arguments.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class LinformerSelfAttention(nn.Module):
 
     Args:
         dim: width of the tokens. It must be a multiple of heads.
-        seq_len: the maximum number of keys. Shorter sequences use the first rows of the projections.
+        seq_len: maximum number of keys. Shorter sequences use the first rows of the projection matrices.
         k: number of keys and values after the projection.
         heads: number of heads.
         dim_head: width of a head; default dim // heads.
-        one_kv_head: whether all query heads share one key and value head.
+        one_kv_head: whether all query heads use the same keys and values.
         share_kv: whether the keys are also used as values.
         dropout: dropout rate of the attention weights. While dropout is active, the module runs in plain PyTorch and stores the
             attention weights.
@@ -73,8 +73,8 @@ class LinformerSelfAttention(nn.Module):
 
         Args:
             x: (batch, tokens, dim).
-            context: (batch, context tokens, dim), the input of keys and values, with at most seq_len tokens. Default: x.
-            key_padding_mask: bool (batch, context tokens), True = valid.
+            context: (batch, context_tokens, dim), at most seq_len tokens from which keys and values are computed. Default: x.
+            key_padding_mask: bool (batch, context_tokens), True = valid.
         """
         name, context = ("x", x) if context is None else ("context", context)
         if context.shape[1] > self.seq_len:
@@ -109,11 +109,10 @@ class LinformerSelfAttention(nn.Module):
 
 
 def patch(model: nn.Module, *, backend: str = "auto") -> Report:
-    """Replace the attention in a linformer model, in place. Outputs, weights and their names do not change.
+    """Replace the attention in a linformer model, in place. Outputs, weights and weight names do not change.
 
         report = patch(Linformer(...))
 
-    Every supported LinformerSelfAttention in `model` is replaced, for example in the package's Linformer and LinformerLM.
     `unpatch(model)` undoes the replacement.
 
     Args:

@@ -2,7 +2,7 @@
 
     from vix_kernels.integrations.nystrom_attention import NystromAttention
 
-With compat=True, the default, NystromAttention also reproduces three quirks of the package:
+With compat=True (the default), NystromAttention reproduces three quirks of the package:
 
 - The front of the sequence is padded with zero tokens until its length is a multiple of the number of landmarks.
 - The first iterate of the pseudo-inverse is divided by a maximum over the whole batch, so the output for a sample depends on
@@ -43,7 +43,7 @@ class NystromAttention(nn.Module):
             run in plain PyTorch (see below).
         dropout: dropout rate of the output.
         compat: if True, return the same results as the package. If False, exclude padding, masked tokens and landmarks without
-            valid tokens, and compute each sample independently of the rest of its batch.
+            valid tokens, and compute each sample independently of the other samples.
         backend: as in nystrom_attention.
 
     Calls that return attention matrices, and calls with a mask if compat is True, compute the attention in plain PyTorch.
@@ -119,7 +119,7 @@ class NystromAttention(nn.Module):
                 conv_weight=self.res_conv.weight if self.residual else None,
             )  # fmt: skip
         out = rearrange(out, "b h n d -> b n (h d)")
-        # In training, the package also applies dropout to the padding. Do the same, so that tokens get the same dropout mask.
+        # In training, the package also applies dropout to the padding. Do the same, so that the dropout masks are equal.
         out = self.to_out(out)[:, padding:] if self.compat and self.training else self.to_out(out[:, padding:])
         if return_attn_matrices:
             return out, tuple(factors)
@@ -168,12 +168,11 @@ class NystromAttention(nn.Module):
 
 
 def patch(model: nn.Module, *, backend: str = "auto") -> Report:
-    """Replace the attention in a nystrom-attention model, in place. Outputs, weights and their names do not change.
+    """Replace the attention in a nystrom-attention model, in place. Outputs, weights and weight names do not change.
 
         report = patch(Nystromformer(...))
 
-    Every supported NystromAttention in `model` is replaced, for example in the package's Nystromformer. Calls with a mask run
-    in plain PyTorch. `unpatch(model)` undoes the replacement.
+    Calls with a mask run in plain PyTorch. `unpatch(model)` undoes the replacement.
 
     Args:
         model: a model that contains NystromAttention modules of nystrom-attention 0.0.14 or newer.

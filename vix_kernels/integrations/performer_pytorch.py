@@ -7,10 +7,10 @@ c = dim_heads^(-1/4). Up to a factor that cancels, the random features are:
 
     phi_j(q_n) = exp(a_nj - h_n - max_j a_nj) + eps            phi_j(k_n) = exp(a_nj - h_n - max_nj a_nj) + eps
 
-No gradient flows through the maxima. The eps terms have rank one, so they can be added to the sums instead of to each feature.
-In `aggregate`, slots attend to tokens, and in `broadcast`, tokens attend to slots (see vix_kernels/primitives). Here, the slots
-are the random features. For the keys, `aggregate` sums the exponentials E_nj = phi_j(k_n) - eps, and the terms with eps are
-added to its results:
+No gradient flows through the maxima. The eps terms have rank one, so they are added to the sums instead of to each feature. In
+`aggregate`, slots attend to tokens, and in `broadcast`, tokens attend to slots (see vix_kernels/primitives). Here, the random
+features are the slots. For N keys, `aggregate` sums the exponentials E_nj = phi_j(k_n) - eps. The eps terms are added to these
+sums:
 
     S_j = sum_n E_nj v_n + eps sum_n v_n            z_j = sum_n E_nj + eps N
 
@@ -45,7 +45,7 @@ RELU = nn.ReLU()
 
 
 class FastAttention(nn.Module):
-    """Performer attention for given q, k and v, equivalent to the module in performer-pytorch 1.1.4.
+    """Performer attention for given q, k and v, equivalent to FastAttention in performer-pytorch 1.1.4.
 
     Args:
         dim_heads: width of a head.
@@ -62,8 +62,8 @@ class FastAttention(nn.Module):
             does. If False, omit both, which is faster.
         backend: as in performer_attention.
 
-    The buffer `projection_matrix` defines the random features. It is generated with PyTorch's global random state. To use the
-    same features on all ranks, set the same seed on each rank or broadcast the buffer.
+    The buffer `projection_matrix` defines the random features. It is generated with PyTorch's global random number generator.
+    To use the same features on all ranks, set the same seed on each rank or broadcast the buffer.
     """
 
     def __init__(
@@ -114,10 +114,10 @@ class FastAttention(nn.Module):
 
         Args:
             q: (batch, heads, queries, dim_heads).
-            k: (batch, heads, tokens, dim_heads). If the batch sizes of k and v are both 1, they are expanded to q's batch size.
+            k: (batch, heads, tokens, dim_heads). If k and v have batch size 1, both are expanded to the batch size of q.
             v: (batch, heads, tokens, value_dim).
-            key_padding_mask: bool (batch, tokens), True = valid. Padded tokens are also excluded from the maximum and from the
-                eps term. The output for a query without valid keys is 0.
+            key_padding_mask: bool (batch, tokens), True = valid. Padded tokens do not affect the output. The output for a query
+                without valid keys is 0.
         """
         q, k, v = autocast(q, k, v)
         if all(isinstance(x, Tensor) and x.dim() == 4 for x in (q, k, v)) and k.shape[0] == v.shape[0] == 1:
@@ -187,12 +187,11 @@ class ProjectionUpdater(nn.Module):
 
 
 def patch(model: nn.Module, *, backend: str = "auto") -> Report:
-    """Replace the attention in a performer-pytorch model, in place. Outputs, weights and their names do not change.
+    """Replace the attention in a performer-pytorch model, in place. Outputs, weights and weight names do not change.
 
         report = patch(PerformerLM(...))
 
-    Every supported FastAttention in `model` is replaced, for example in the package's Performer, PerformerLM, SelfAttention and
-    CrossAttention. The package's ProjectionUpdater still redraws the features. `unpatch(model)` undoes the replacement.
+    The package's ProjectionUpdater still redraws the random features. `unpatch(model)` undoes the replacement.
 
     Args:
         model: a model that contains FastAttention modules of performer-pytorch 1.1.4 or newer.
@@ -228,7 +227,7 @@ def two_softmaxes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tenso
 
 
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, mask: Tensor | None, backend: str) -> Tensor:
-    """Return the attention output, computed without storing the features. `slots` is the projection matrix, (1, 1, M, D)."""
+    """Return the attention output without storing the features. `slots` is projection_matrix, (1, 1, features, dim_heads)."""
     c = q.shape[3] ** -0.25
     values, lse = aggregate(slots, k, v, scale=c, gaussian=True, mask=mask, backend=backend)
     highest = highest_logits(k, c * slots)
@@ -250,7 +249,7 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, mask: Tensor
 
 
 def exponentials(q: Tensor, k: Tensor, projection: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the exponential features of q and k without eps, in the dtype of `projection`."""
+    """Return the exponential features of q and k, before eps is added, in the dtype of `projection`."""
     q, k = (q.shape[3] ** -0.25 * x.to(projection.dtype) for x in (q, k))
     q_logits, k_logits = q @ projection.T, k @ projection.T
     if mask is not None:
@@ -264,7 +263,8 @@ def exponentials(q: Tensor, k: Tensor, projection: Tensor, mask: Tensor | None) 
 def explicit_attention(q_features: Tensor, k_features: Tensor, v: Tensor, eps: float, mask: Tensor | None) -> Tensor:
     """Return the attention output for the features q_features + eps and k_features + eps.
 
-    eps is added to the sums instead of to each feature. Masked rows of k_features and v must be 0.
+    The terms with eps are added to the sums, so q_features + eps and k_features + eps are never stored. Masked rows of
+    k_features and v must be 0.
     """
     dtype = accumulator(v.dtype)
     s = k_features.mT @ v.to(k_features.dtype) + eps * v.sum(2, keepdim=True, dtype=dtype)
@@ -281,7 +281,7 @@ def count_valid(k: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor | 
 
 @torch.no_grad()
 def highest_logits(x: Tensor, slots: Tensor) -> Tensor:
-    """Return max_j slot_j . x_n, (batch, heads, N), for slots (1, 1, M, D). Process one tile of tokens at a time."""
+    """Return the maximum of slots[0, 0, j] . x_n over j, (batch, heads, tokens). Process one tile of tokens at a time."""
     highest = slots.new_empty(x.shape[:3])
     tile_size = TILE_CPU if x.device.type == "cpu" else TILE_GPU
     step = max(1, tile_size // (x.shape[0] * x.shape[1] * slots.shape[2]))

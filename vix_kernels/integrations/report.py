@@ -1,4 +1,4 @@
-"""The report of a replacement: the replaced layers, the number of tokens, and the times compared with softmax attention."""
+"""The report of a replacement: the replaced layers, their numbers of tokens, and the times before and after the replacement."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Report:
     Attributes:
         attention: a short description of the new attention.
         attentions: maps the name of each replaced module to a description of its attention.
-        refused: maps module names to the reasons why these modules could not be replaced.
+        refused: maps the name of each module that could not be replaced to the reason.
         tokens: maps the name of each replaced module to its number of tokens, if known. Before a call to `measure`, this is the
-            number at the model's configured image size. Afterwards, it is the number in the measured batch.
-        speed: the result of `measure`, or None.
+            number at the model's configured image size. After the call, it is the number in the measured batch.
+        speed: the result of the latest call to `measure`, or None before the first call.
         warnings: the messages of the SlowerWarnings that the replacement issued.
     """
 
@@ -37,8 +37,8 @@ class Report:
     warnings: list[str] = field(default_factory=list)
 
     def __post_init__(self, model: nn.Module | None) -> None:
-        # The model, and a pair of the attention and the head width. These are not dataclass fields, and __getstate__ removes
-        # them from copies and pickles, because a report should not contain a model.
+        # The model, and a pair of the attention and the head width. These are not dataclass fields, and __getstate__ sets them
+        # to None in copies and pickles, because a copy of a report should not contain a model.
         self._model, self._kind = model, None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -46,7 +46,7 @@ class Report:
 
     @property
     def replaced(self) -> list[str]:
-        """Names of the modules that were replaced."""
+        """The names of the replaced modules."""
         return list(self.attentions)
 
     def __str__(self) -> str:
@@ -60,17 +60,18 @@ class Report:
     def measure(self, batch: Any, *, rounds: int = 5) -> Speed:
         """Time the model and each replaced layer on `batch`, alternately with the new attention and with softmax attention.
 
-        The model runs in evaluation mode without gradients and without compilation, on its device. For softmax attention,
-        modules whose class was replaced run their original code. The model is not changed. After this call, `print(report)`
-        includes the times.
+        The model runs on its current device, in evaluation mode, without gradients and without compilation. For softmax
+        attention, modules whose class was replaced run their original code. The model is not changed. After this call,
+        `print(report)` includes the times.
 
         Args:
-            batch: a batch of typical size: a tensor, a tuple whose first item is the input, or a dict of the model's arguments.
-            rounds: the number of measured calls with each attention, after one warm-up call. The times of the model and of its
-                layers are measured in separate calls.
+            batch: a batch of typical size. It is a tensor, a tuple whose first item is the input, or a dict of the model's
+                arguments.
+            rounds: the number of measured calls with each attention method, after one warm-up call. The times of the model and
+                of its layers are measured in separate calls.
 
         Returns:
-            the times. `print` shows them as a table.
+            a Speed with the times. `print` shows it as a table.
 
         Raises:
             ValueError: the report lists no layers whose softmax attention was replaced, a replaced layer was changed later,
@@ -105,7 +106,7 @@ class Report:
         Args:
             attention: the new attention.
             width: width of a head.
-            stacklevel: as in warnings.warn, but relative to this method: 1 is its caller.
+            stacklevel: as in warnings.warn, but 1 refers to the caller of this method.
         """
         self._kind = attention, width
         if len(self.tokens) < len(self.attentions):
@@ -127,7 +128,7 @@ class Report:
     def checked(self, expected: str) -> Report:
         """Return this report, or raise ValueError if nothing was replaced.
 
-        `expected` describes a suitable model in the error message.
+        In the error message, `expected` describes a suitable model.
         """
         if self.replaced:
             return self

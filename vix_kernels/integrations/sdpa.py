@@ -13,11 +13,11 @@ from .drop_in import DropIn
 
 
 class SdpaReplacement(TorchFunctionMode):
-    """Context manager in which `attention` replaces `scaled_dot_product_attention`. Returned by `replace_sdpa`.
+    """Context manager in which `attention` replaces `scaled_dot_product_attention`. `replace_sdpa` returns it.
 
     Attributes:
         served: number of calls that `attention` computed.
-        fell_back: maps each reason to the number of calls that fell back to softmax attention for this reason.
+        fell_back: maps each reason for a fallback to softmax attention to the number of calls with this reason.
     """
 
     def __init__(self, attention: DropIn, *, fall_back: bool = True) -> None:
@@ -52,9 +52,9 @@ def replace_sdpa(op: str, *, retrain: bool = False, **options: Any) -> SdpaRepla
             y = model(x)
         print(swap)  # number of replaced calls, and the reasons why other calls fell back
 
-    Unsupported calls, such as calls with causal attention, grouped-query attention, dropout or a mask that is not a padding
-    mask, fall back to softmax attention and are counted by reason. Attention that a model computes with explicit matrix
-    products is not replaced. nn.MultiheadAttention is not affected either; use replace_mha to replace it.
+    Unsupported calls fall back to softmax attention and are counted by reason. Examples are calls with causal attention,
+    grouped-query attention, dropout, or a mask that is not a padding mask. Attention that a model computes with explicit matrix
+    products is not replaced. nn.MultiheadAttention is also not replaced. Use replace_mha for models that contain it.
 
     The context manager only affects the current thread. If the backward pass recomputes the forward pass (activation
     checkpointing), also run the backward pass inside the context.

@@ -1,4 +1,4 @@
-"""Measure whether the new attention is faster than softmax attention, or look this up in the table of break-even lengths."""
+"""Measure the times of a model with the new attention and with softmax attention, and look up break-even lengths."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class LayerSpeed:
     """Times of one attention layer, including its linear layers, in milliseconds per call to the model.
 
     Attributes:
-        tokens: the number of keys, or the largest number if calls differ. None if the layer was not called.
+        tokens: the largest number of keys in a call, or None if the layer was not called.
         softmax, replaced: median times with softmax attention and with the new attention.
     """
 
@@ -43,20 +43,19 @@ class LayerSpeed:
 
     @property
     def ratio(self) -> float:
-        """The time with the new attention divided by that with softmax attention, or NaN if the layer was not called."""
+        """The time with the new attention divided by the time with softmax attention, or NaN if the layer was not called."""
         return self.replaced / self.softmax if self.softmax else float("nan")
 
 
 @dataclass
 class Speed:
-    """Times of a model with softmax attention and with the attention that replaced it.
+    """Times of a model with softmax attention and with the new attention.
 
     Attributes:
         softmax, replaced: median times of a forward pass, in milliseconds.
         layers: maps the name of each layer to its times.
         where: the device, the dtype and the number of samples.
-        note: a sentence with the break-even length if the model was slower and the table of break-even lengths predicts this,
-            else "".
+        note: a phrase with the break-even length, or "" if the new attention was not slower or was not expected to be slower.
     """
 
     softmax: float
@@ -67,7 +66,7 @@ class Speed:
 
     @property
     def ratio(self) -> float:
-        """The time with the new attention divided by that with softmax attention."""
+        """The time with the new attention divided by the time with softmax attention."""
         return self.replaced / self.softmax
 
     def __str__(self) -> str:
@@ -89,13 +88,16 @@ class Speed:
 
 
 def tensors(batch: Any) -> list[Tensor]:
-    """Return the tensors in a batch, which is a tensor, a tuple or a dict."""
+    """Return a list of the tensors in `batch`. `batch` is a tensor, a tuple or a dict."""
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
     return [x for x in values if isinstance(x, Tensor)]
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """Call the model with a tensor, the first item of a tuple, or the entries of a dict except labels. Return the output."""
+    """Return the output of the model for `batch`.
+
+    `batch` is a tensor, a tuple whose first item is the input, or a dict of arguments. Labels are not passed to the model.
+    """
     device = next(model.parameters()).device
 
     def moved(x: Any) -> Any:
@@ -107,7 +109,10 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 
 def compare(model: nn.Module, batch: Any, softmax: Softmax, *, rounds: int) -> Pair:
-    """Return the median times in milliseconds of alternating calls with softmax attention and with the new attention."""
+    """Return the median times of a call with softmax attention and with the new attention, in milliseconds.
+
+    The two kinds of calls alternate.
+    """
     device = next(model.parameters()).device
 
     def run() -> None:
@@ -127,7 +132,7 @@ def compare_layers(
     model: nn.Module, batch: Any, softmax: Softmax, holders: Mapping[str, nn.Module], modules: Mapping[str, nn.Module],
     *, rounds: int,
 ) -> dict[str, LayerSpeed]:  # fmt: skip
-    """Return the number of tokens and the median times of each layer. The arguments are as in `measure`."""
+    """Return a dict that maps the name of each layer to its LayerSpeed. The arguments are as in `measure`."""
     device = next(model.parameters()).device
     layers = {name: LayerSpeed() for name in holders}
     samples: dict[str, dict[str, list[float]]] = {"softmax": defaultdict(list), "replaced": defaultdict(list)}
@@ -152,7 +157,7 @@ def compare_layers(
 
 @contextmanager
 def _counted(holders: Mapping[str, nn.Module], layers: dict[str, LayerSpeed]) -> Iterator[None]:
-    """Record the number of tokens of each layer that is called inside the block."""
+    """Inside the `with` block, update the attribute `tokens` of each called layer in `layers`."""
 
     def count(layer: LayerSpeed, holder: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         given = *args, *options.values()
@@ -167,7 +172,7 @@ def _counted(holders: Mapping[str, nn.Module], layers: dict[str, LayerSpeed]) ->
 
 @contextmanager
 def _stopwatch(modules: Mapping[str, nn.Module], device: torch.device) -> Iterator[dict[str, float]]:
-    """Yield a dict. When the block ends, fill it with the milliseconds that each called module took."""
+    """Yield an empty dict. On exit, it maps the name of each called module to the total time of its calls in ms."""
     marks: dict[str, list[Any]] = defaultdict(list)  # alternately the start and the end of a call
     elapsed: dict[str, float] = {}
 
@@ -204,7 +209,7 @@ def _between(begin: Any, end: Any) -> float:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run the block with `model` in evaluation mode and without gradients. Then restore modes, token grids and random states.
+    """Put `model` in evaluation mode and disable gradients. On exit, restore training modes, token grids and RNG states.
 
     Compiled modules run in eager mode, because code that was compiled earlier does not call the hooks that measure layers.
     """
@@ -228,7 +233,7 @@ def measure(
     model: nn.Module, batch: Any, softmax: Softmax, holders: Mapping[str, nn.Module], modules: Mapping[str, nn.Module],
     *, rounds: int,
 ) -> Speed:  # fmt: skip
-    """Return the times of `model` and its layers on a batch. The model is not changed.
+    """Return the times of `model` and its layers for `batch`. The model is not changed.
 
     Args:
         batch: as in `call`.
@@ -256,11 +261,11 @@ def measure(
 
 
 def expected(op: str, options: Mapping[str, Any], tokens: int, width: int, device: str) -> str:
-    """Return a phrase with the break-even length of `op`, or "" if `op` is not expected to be slower than softmax attention.
+    """If `op` is expected to be slower than softmax attention, return a phrase with its break-even length, otherwise "".
 
     Args:
-        op, options: as in DropIn. The table of break-even lengths holds only for the default number of landmarks, features or
-            agents. For other numbers, the result is "".
+        op, options: as in DropIn. Break-even lengths are known only for the default number of landmarks, features or agents.
+            For other numbers, the result is "".
         tokens, width, device: the number of tokens, the width of a head and the type of the device.
     """
     usual = CORES[op].made("host")

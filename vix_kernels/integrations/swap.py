@@ -33,10 +33,10 @@ def host_of(model: nn.Module) -> str:
 def replace_attention(
     model: nn.Module, op: str, *, layers: Sequence[str] | None = None, retrain: bool = False, **options: Any
 ) -> Report:
-    """Replace the attention in a model of this library, timm, transformers or torch.nn, in place, and return a report.
+    """Replace the attention of a model from this library, timm, transformers or torch.nn in place. Return a report.
 
-    The functions of the integrations, such as `vix_kernels.integrations.timm.replace_attention`, have the same arguments.
-    Unlike them, this function issues no SlowerWarning.
+    This function calls the integration for the model's library, such as `vix_kernels.integrations.timm.replace_attention`, with
+    the same arguments. It suppresses SlowerWarning.
     """
     replace: Callable[..., Report]
     host = host_of(model)
@@ -73,8 +73,8 @@ def prefix_of(holder: Mounted) -> int:
 class Softmaxed:
     """Reusable context manager that makes layers with replaced attention compute softmax attention.
 
-    A module whose class was changed gets its original class back, so it runs its original code. In other modules, softmax
-    attention replaces the core. nn.TransformerEncoder still does not convert padded batches to nested tensors, because
+    Inside the context, modules whose class was changed have their original class and run their original code. In other modules,
+    softmax attention replaces the core. nn.TransformerEncoder still does not convert padded batches to nested tensors, because
     `replace_mha` disables this conversion.
     """
 

@@ -1,6 +1,6 @@
 """Integration with timm: replace the attention in timm's vision transformers, and register vix_kernels models with timm.
 
-Importing this module registers names of models and attention layers with timm. They can be used as follows:
+Importing this module registers the models and attention layers of this library with timm:
 
     timm.create_model("vix_vin_tiny", num_classes=10)                              a model of vix_kernels.models
     timm.create_model("vit_tiny_patch16_224", attn_layer="vix_nystrom")            a timm model with different attention
@@ -107,10 +107,10 @@ for _host, _replacement in _REPLACED.items():
 
 
 def rope_of(table: Tensor, prefix_tokens: int, num_heads: int, half: bool) -> Rope:
-    """Convert timm's table (tokens, 2 R) or (heads, tokens, 2 R) of rotary angles to a Rope.
+    """Convert timm's table of rotary sines and cosines, (tokens, 2 R) or (heads, tokens, 2 R), to a Rope.
 
-    R is the number of rotated channels. The last dimension has R sines, then R cosines, each value twice. The table omits the
-    first `prefix_tokens` tokens, which are not rotated. If `half`, channels i and i + R / 2 form a pair, else 2i and 2i + 1.
+    R is the number of rotated channels. A row contains R sines, then R cosines. The first `prefix_tokens` tokens have no row
+    and are not rotated. If `half`, channels i and i + R / 2 form a pair with equal angles, otherwise channels 2i and 2i + 1.
     """
     if table.dim() == 2:
         table = table[None]
@@ -132,10 +132,10 @@ class BuiltAttention(ReplacedAttention):
     """Base class of the classes that `attention_layer` returns. Landmarks and agents are placed as in `replace_attention`.
 
     Attributes:
-        attention: (class attribute) the DropIn of which each layer gets a copy.
+        attention: (class attribute) the DropIn that each layer copies.
         retrain: (class attribute) whether weights trained with different attention may be loaded.
-        vix: the current attention of this layer. `replace_attention` changes it.
-        built: the attention that this layer was created with.
+        vix: the current attention of this layer. `replace_attention` changes this attribute.
+        built: the attention with which this layer was created.
     """
 
     attention: DropIn
@@ -207,7 +207,7 @@ def _text_of(mark: Any) -> str:
 
 
 def attention_layer(op: str, *, retrain: bool = False, **options: Any) -> type[Attention]:
-    """Return a subclass of timm's Attention that uses the attention method `op`, for timm's argument attn_layer.
+    """Return a subclass of timm's Attention with the attention method `op`. Pass this class to timm as attn_layer.
 
         timm.create_model("vit_tiny_patch16_224", attn_layer=attention_layer("nystrom", num_landmarks=49))
 
@@ -216,8 +216,8 @@ def attention_layer(op: str, *, retrain: bool = False, **options: Any) -> type[A
 
     Args:
         op, options: as in DropIn. All layers have the same random features.
-        retrain: whether the model will be trained further with this attention. If False, and if the class marks its weights as
-            described above, load_state_dict rejects weights without the same mark.
+        retrain: whether the model will be trained with this attention after weights are loaded. If False, and if `op` marks
+            weights as described above, load_state_dict rejects weights without the same mark.
     """
     return _class_with(DropIn(op, retrain=True, **options), retrain)
 
@@ -248,7 +248,7 @@ def _admit(core: type[Mixer]) -> None:
 
 @cache
 def _place_while_built() -> None:
-    """Install `_place_in` as a global hook on the registration of child modules, when the first layer is created.
+    """Register `_place_in` once, as a global hook that runs whenever a module registers a child.
 
     The hook is necessary, because timm passes neither the number of prefix tokens nor the grid to the class in attn_layer.
     """
@@ -258,8 +258,8 @@ def _place_while_built() -> None:
 def _place_in(vit: nn.Module, name: str, module: nn.Module) -> None:
     """For each BuiltAttention in the blocks of `vit`, set the number of prefix tokens and the grid of landmarks or agents.
 
-    The hook runs when `vit` registers its blocks, and again for each later child, because a model may set its number of prefix
-    tokens after it registers its blocks. Distilled DeiT models do this.
+    The hook runs when `vit` registers its blocks, and again for each later child. Some models, such as distilled DeiT models,
+    set the number of prefix tokens after they register the blocks.
     """
     blocks = module if name == "blocks" else vit._modules.get("blocks")
     if blocks is None or "num_prefix_tokens" not in vars(vit):
@@ -324,7 +324,7 @@ def replace_attention(
 
 
 def restore_attention(model: nn.Module) -> list[str]:
-    """Undo `replace_attention`, in place. Each module gets its original attention back and keeps its Parameter objects.
+    """Undo `replace_attention`, in place. Each module has its original attention again and keeps its Parameter objects.
 
     Returns:
         the names of the restored modules.
@@ -354,7 +354,7 @@ def restore_attention(model: nn.Module) -> list[str]:
 
 
 def _vision_transformers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the vision transformers in `model` by name. These are the modules with `blocks` and `num_prefix_tokens`."""
+    """Return a dict of the vision transformers in `model` by name: the modules with `blocks` and `num_prefix_tokens`."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -363,7 +363,7 @@ def _vision_transformers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _place(attention: DropIn, vit: nn.Module, grid: TokenGrid | None) -> None:
-    """Set the prefix tokens and the grid of `attention`. With patch dropout, the tokens of `vit` do not form a grid."""
+    """Set the grid and the number of prefix tokens of `attention`. With patch dropout, the grid is None."""
     drops_patches = isinstance(getattr(vit, "patch_drop", None), PatchDropout | PatchDropoutWithIndices)
     attention.place(vit.num_prefix_tokens, None if drops_patches else grid)
 
@@ -373,7 +373,7 @@ def _has_grid(vit: nn.Module) -> bool:
 
 
 def _follow(embedding: nn.Module) -> TokenGrid:
-    """Return the hook that records the token grid of `embedding`. Install the hook if `embedding` does not have it yet."""
+    """Return the hook that records the token grid of `embedding`. Register a new hook if `embedding` does not have one."""
     grid = _grid_of(embedding)
     if grid is None:
         grid = TokenGrid()

@@ -39,7 +39,7 @@ for _module in (
 
 
 def _default_cfg(name: str) -> dict[str, Any]:
-    """Return timm's default configuration of the model `name`. It describes the model with its default arguments."""
+    """Return the `default_cfg` that timm needs for the model `name` with default arguments."""
     arguments = defaults(name)
     img_size, channels = pair("img_size", arguments["img_size"]), arguments["in_chans"]
     if "embed_stride" in arguments:  # CvT
@@ -74,14 +74,14 @@ def _entry(name: str) -> Any:
         return create_model(name, **arguments)
 
     def adapt(state: Mapping[str, Tensor], model: Backbone, has_classes: bool) -> dict[str, Tensor]:
-        """Return weights from a file, adapted to `model`. timm calls this function before it loads the weights.
+        """Return the weights `state`, adapted to `model`. timm calls this function before it loads the weights.
 
-        Also set num_classes in model.pretrained_cfg to the number of classes of the weights. timm uses this entry to decide
+        Also set num_classes in model.pretrained_cfg to the number of classes in the weights. timm uses this entry to decide
         whether to keep the head. `has_classes` states whether num_classes was passed or features_only is set.
 
         Raises:
-            ValueError: the image size of the weights is neither input_size in model.pretrained_cfg nor that of `model`, or
-                `has_classes` is False and the weights have a different number of classes than `model`.
+            ValueError: the image size of the weights is neither input_size in model.pretrained_cfg nor the image size of
+                `model`, or `has_classes` is False and the weights have a different number of classes than `model`.
         """
         state, cfg = dict(state.get("model", state)), model.pretrained_cfg
         if "head.weight" in state:

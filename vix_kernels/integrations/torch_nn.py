@@ -1,4 +1,4 @@
-"""Integration with torch.nn: replace the attention in nn.MultiheadAttention, including PyTorch's encoder and decoder layers."""
+"""Integration with torch.nn: replace the attention in nn.MultiheadAttention, also in PyTorch's encoder and decoder layers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 True = padded, or float with 0 = valid and -inf = padded.
 
         Returns:
-            the output, with the shape of query, and None in place of the attention weights.
+            a tuple of the output, with the shape of query, and None instead of the attention weights.
 
         Raises:
             NotImplementedError: need_weights, attn_mask or is_causal is set, dropout is active and not ignored, or query is a
@@ -91,10 +91,11 @@ def replace_mha(
 
         report = replace_mha(model, "performer", retrain=True, num_features=128)
 
-    Existing parameters keep their names and values. PyTorch's encoder and decoder layers are also supported, but without the
-    inference fast path, which would bypass the new attention. Unlike in the fast path, outputs for padded tokens are not set to
-    zero. The dropout of these layers, which is 0.1 by default, must be 0 in training, unless you pass dropout="ignore". This
-    option ignores only attention dropout. Calling a replaced module with need_weights=True, the default, raises an error.
+    Existing parameters keep their names and values. PyTorch's encoder and decoder layers are supported, but do not use the
+    inference fast path, which would bypass the new attention. Unlike the fast path, these layers do not set outputs for padded
+    tokens to zero. Attention dropout, which is 0.1 by default in these layers, must be 0 in training. With dropout="ignore",
+    it is skipped, and other dropout still applies. A call to a replaced module with need_weights=True (the default) raises an
+    error.
 
     Args:
         model: a model that contains nn.MultiheadAttention modules.

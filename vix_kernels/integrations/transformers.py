@@ -44,10 +44,10 @@ def register(*, retrain: bool = False, **options: Mapping[str, Any]) -> None:
         model.set_attn_implementation("vix_nystrom")  # or from_pretrained(..., attn_implementation="vix_nystrom")
 
     Padding masks are supported. Causal and windowed masks, attention dropout in training, grouped-query attention and requests
-    for the attention weights raise NotImplementedError. Calling this function again changes the options of all models that use
-    these names; ops without an argument get their default options. Importing this module calls this function without arguments.
-    `save_pretrained` saves the attention method and its options with a model, and `from_pretrained` restores both. If the saved
-    options differ from the registered ones, the restored attention is registered under a separate name.
+    for the attention weights raise NotImplementedError. Another call to this function changes the options of all models that
+    use these names. Ops without an argument then have their default options. Importing this module calls this function without
+    arguments. `save_pretrained` saves the attention method and its options with a model, and `from_pretrained` restores both.
+    If the saved options differ from the registered options, the restored attention is registered under a separate name.
 
     Args:
         retrain: whether to allow "vix_performer", "vix_linear" and "vix_agent", which require a model that was, or will be,
@@ -122,9 +122,9 @@ def replace_attention(
         report = replace_attention(ViTModel.from_pretrained(...), "nystrom", num_landmarks=64)
 
     Unlike with `register`, each layer has a separate attention module, which can have parameters. The attn_implementation of
-    the replaced layers becomes "vix". Other layers that share their configuration object use "sdpa". `save_pretrained` saves
-    the attention of each layer with the model, and `from_pretrained` restores it. Models that are created from model.config
-    also have this attention.
+    the replaced layers becomes "vix". Other layers with the same configuration object use "sdpa". `save_pretrained` saves the
+    attention of each layer with the model, and `from_pretrained` restores it. Models that are created from model.config also
+    have this attention.
 
     Args:
         model: a PreTrainedModel whose attention is selected by attn_implementation.
@@ -165,7 +165,7 @@ def count_prefix(model: nn.Module) -> int:
 
 
 def count_tokens(model: nn.Module) -> int | None:
-    """Return the number of tokens of a vision model at the image size of its configuration, or None if it is unknown.
+    """Return the number of tokens of a vision model at its configured image size, or None if this number is unknown.
 
     The number is unknown for models that merge, window or mask patches, because their attention layers receive fewer tokens.
     """
@@ -194,7 +194,7 @@ def create_host(class_name: Any, config: Any) -> nn.Module:
 
 
 def _without_implementations(config: Any) -> Any:
-    """Return `config` without entries that select implementations. transformers may download code that such entries name."""
+    """Return `config` without vix_attention and entries that select implementations. Such entries may name code to download."""
     if not isinstance(config, dict):
         return config
     return {
@@ -215,7 +215,7 @@ def _reason_against(module: nn.Module) -> str:
 
 
 def _unsupported(model: nn.Module) -> dict[nn.Module, str]:
-    """Return a dict {module: reason} of the modules that cannot be replaced because of the model that contains them."""
+    """Return a dict that maps modules to reasons why they cannot be replaced, such as a causal mask that `model` creates."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expected a PreTrainedModel, got {type(model).__name__}")
     known, causal, found = {id(each) for each in configs(model.config)}, {}, {}
@@ -253,8 +253,8 @@ def padding_mask(
 ) -> Tensor | None:
     """Return the additive mask (batch, 1, 1, tokens) for the registered attention functions, or None if there is no mask.
 
-    The mask is additive, like the mask of transformers' eager attention, because about 35 models add the mask to logits that
-    they compute themselves, regardless of the selected attention.
+    The mask is additive, as in transformers' eager attention, because many models add it to their own logits, regardless of the
+    selected attention.
     """
     if mask_function is not bidirectional_mask_function:
         raise NotImplementedError(
@@ -267,14 +267,14 @@ def padding_mask(
 
 
 def patch(model: nn.Module) -> Report:
-    """Replace the attention of every Nystromformer and the Fourier transform of every FNet in `model`, in place.
+    """Replace the attention of Nystromformers and the Fourier transform of FNets in `model`, in place.
 
         report = patch(NystromformerModel.from_pretrained(...))
 
     Parameters do not change. The replacements are faster, and compute the same outputs unless a sequence consists entirely of
-    padding. For such a sequence, the attention weights of the landmarks are 0 here, but uniform in transformers. Calls that
-    request the attention weights (output_attentions) run the code of transformers. In a patched model, such calls also support
-    padded batches. In transformers, they raise an error for padded batches if num_landmarks differs from segment_means_seq_len.
+    padding. For such a sequence, the attention weights of the landmarks are 0 here, but uniform in transformers. Calls with
+    output_attentions=True run the original transformers implementation. They also support padded batches, for which an
+    unpatched model raises an error if num_landmarks differs from segment_means_seq_len.
 
     Returns:
         a report that lists the replaced layers, and states why other layers could not be replaced.
@@ -353,14 +353,17 @@ def _through_landmarks(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, atten
 
 
 def _one_row(attention_mask: Tensor) -> Tensor:
-    """Return the first row of a mask, (batch, 1, 1, tokens), after checking that it is the same for all heads and queries."""
+    """Return the first row of a mask, (batch, 1, 1, tokens). Check that all heads and queries have the same row."""
     row = attention_mask[:, :1, :1]
     require_all(attention_mask == row, "attention_mask: expected the same row for all heads and queries")
     return row
 
 
 def fnet_transform(module: modeling_fnet.FNetBasicFourierTransform, hidden_states: Tensor) -> tuple[Tensor]:
-    """Forward method of FNetBasicFourierTransform without complex numbers. `hidden_states` is (batch, tokens, channels)."""
+    """Forward method of FNetBasicFourierTransform that uses only real numbers.
+
+    hidden_states and the only entry of the returned tuple are (batch, tokens, channels).
+    """
     return (fourier_mixing(hidden_states),)
 
 
@@ -377,7 +380,10 @@ require_call("transformers", FNetBasicFourierTransform, modeling_fnet.FNetBasicF
 
 
 def uses_dft_matrices(module: modeling_fnet.FNetBasicFourierTransform) -> bool:
-    """Return whether `module` uses DFT matrices. It truncates them for short sequences, so its results differ from an FFT."""
+    """Return whether `module` uses DFT matrices.
+
+    For short sequences, it truncates the matrices, so the results differ from the results of an FFT.
+    """
     return hasattr(module, "dft_mat_seq")
 
 

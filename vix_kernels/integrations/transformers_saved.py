@@ -3,10 +3,10 @@
 transformers does not save attn_implementation. Importing vix_kernels.integrations.transformers therefore wraps two methods of
 PreTrainedModel and one of PreTrainedConfig. While `save_pretrained` runs, the configuration has two additional entries:
 attn_implementation, which transformers reads when it loads a configuration, and vix_attention, which describes the attention.
-If the configuration of a new model has the entry vix_attention, `post_init` ends by installing this attention, before weights
-are loaded. If the entry lists layers, it stays in the configuration, so that other models created from this configuration have
-the same attention. Models without attention from this library are not affected. If a process that has not imported the
-integration loads a model with such attention, transformers raises an error that names attn_implementation.
+If the configuration of a new model has the entry vix_attention, `post_init` installs this attention before weights are loaded.
+If the entry lists layers, it stays in the configuration, so that other models created from this configuration have the same
+attention. Models without attention from this library are not affected. If a process loads a model with attention from this
+library, but has not imported the integration, transformers raises an error that names attn_implementation.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ with host("transformers", "5.17"):
 
 CHILDREN = "vix"  # the attn_implementation that calls the child module `vix` of each attention module
 MISSING = "vix_missing"  # attribute of modules in a new model, set if no layer listed in vix_attention was replaced
-# Maps every other attn_implementation of this library to its attention, and to whether an op that needs training is allowed
+# Maps each other attn_implementation of this library to a pair: its attention, and whether ops that need training are allowed
 NAMED: dict[str, tuple[DropIn, bool]] = {}
 
 
@@ -48,7 +48,10 @@ def parts(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:
 
 
 def implementations(config: PreTrainedConfig) -> str | dict[str, Any] | None:
-    """Return the attn_implementation to save: a name, or a dict if there are sub-configurations. None selects the default."""
+    """Return the attn_implementation to save: a name, None for the default, or a dict if there are sub-configurations.
+
+    The keys of the dict are "" for `config`, and the names of the sub-configurations.
+    """
     name = config._attn_implementation
     name = name if name == CHILDREN else f"vix_{NAMED[name][0].op}" if name in NAMED else None
     found = {part: implementations(each) for part, each in parts(config).items()}
@@ -56,7 +59,10 @@ def implementations(config: PreTrainedConfig) -> str | dict[str, Any] | None:
 
 
 def entry(model: PreTrainedModel | None, config: PreTrainedConfig) -> dict[str, Any] | None:
-    """Return a description of the attention in modules that use `config`, or None if it is not from this library."""
+    """Return the entry vix_attention for `config`, or None if modules with `config` use no attention from this library.
+
+    If `model` is None, descriptions of layers come from the existing entry.
+    """
     if config._attn_implementation in NAMED:
         return described(NAMED[config._attn_implementation][0])
     if config._attn_implementation != CHILDREN:
@@ -65,7 +71,7 @@ def entry(model: PreTrainedModel | None, config: PreTrainedConfig) -> dict[str, 
 
 
 def replaced_layers(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Any] | None:
-    """Return a description of the modules that use `config` and have replaced attention, or None if there are none."""
+    """Return {"layers": {name: description}} for the replaced modules that use `config`, or None if there are none."""
     layers = {}
     for name, module in model.named_modules():
         if getattr(module, "config", None) is config and is_replaced(module):
@@ -75,7 +81,7 @@ def replaced_layers(model: PreTrainedModel, config: PreTrainedConfig) -> dict[st
 
 
 def select_children(model: PreTrainedModel, replaced: Iterable[nn.Module]) -> None:
-    """Make the configurations of the modules in `replaced` select and describe the attention in the child modules `vix`."""
+    """In the configurations of the modules in `replaced`, select attn_implementation "vix", and set the entry vix_attention."""
     for config in {id(module.config): module.config for module in replaced}.values():
         config._attn_implementation_internal = CHILDREN  # the property's setter would also change sub-configurations
         setattr(config, ENTRY, entry(model, config))
@@ -85,7 +91,7 @@ def select_children(model: PreTrainedModel, replaced: Iterable[nn.Module]) -> No
 
 @contextmanager
 def with_entries(whole: PreTrainedConfig, model: PreTrainedModel | None = None) -> Iterator[None]:
-    """Add attn_implementation and vix_attention to a configuration and its sub-configurations inside the block.
+    """Inside the `with` block, add attn_implementation and vix_attention to a configuration and its sub-configurations.
 
     If `model` is None, keep the layer descriptions that the configuration already contains.
     """
@@ -151,12 +157,12 @@ def _modules_with(model: nn.Module, config: PreTrainedConfig) -> list[tuple[str,
 
 
 def is_replaced(module: nn.Module) -> bool:
-    """Return whether the attention of `module` is computed by its child module `vix`."""
+    """Return whether the child module `vix` computes the attention of `module`."""
     return isinstance(getattr(module, "vix", None), DropIn)
 
 
 def _attention(found: Any) -> DropIn:
-    """Return the attention described by `found`: the entry vix_attention, or the entry of one layer in it."""
+    """Return the attention that `found` describes. `found` is the entry vix_attention, or its description of one layer."""
     if not isinstance(found, dict) or not isinstance(found.get("options"), dict):
         raise ValueError(f"config.json: {ENTRY}: expected an op and options, got {found!r}")
     how = {name: found[name] for name in ("backend", "dropout") if name in found}
@@ -167,7 +173,10 @@ def _attention(found: Any) -> DropIn:
 
 
 def _registered(name: str, attention: DropIn) -> str:
-    """Return `name` if `attention` is registered under it. Otherwise, register it under a new name, and return this name."""
+    """Return a name under which `attention` is registered.
+
+    If `attention` is registered under `name`, return `name`. Otherwise, register `attention` under a new name.
+    """
     from .transformers import add
 
     registered, allowed = NAMED[name]
@@ -182,12 +191,11 @@ def _registered(name: str, attention: DropIn) -> str:
 def _restore_layers(model: PreTrainedModel, config: PreTrainedConfig, found: dict[str, Any]) -> None:
     """Replace the attention of the saved layers in `model` if `config` has attn_implementation "vix".
 
-    `model` can be a submodule of the saved model, or a larger model that contains it. In both cases, the names of the layers
-    have a different prefix in `model` than in `found`. Submodules are restored before the model that contains them.
+    `model` can be a submodule of the saved model, or a larger model that contains the saved model. In both cases, the names of
+    the layers have a different prefix in `model` than in `found`. Submodules are restored before the model that contains them.
 
-    If no layer is replaced, all modules that use `config` get the attribute vix_missing, which makes attn_implementation "vix"
-    raise an error. The attribute is removed if their attention is replaced later, by restoring a larger model or by calling
-    replace_attention.
+    If no layer is replaced, set the attribute vix_missing on all modules that use `config`. With this attribute,
+    attn_implementation "vix" raises an error. A later replacement of the attention removes the attribute.
     """
     layers = found["layers"]
     if not isinstance(layers, dict):

@@ -57,9 +57,9 @@ def replace_attention(
 
 
 def placed(core: Core, site: Site, options: dict[str, Any]) -> Core:
-    """Return the core for the layer at `site`.
+    """Return `core` adapted to the layer at `site`.
 
-    Landmarks or agents are on the grid of `site`, unless `options` specify a different placement.
+    Landmarks or agents are placed on the grid of `site`, unless `options` specifies another placement.
     """
     core = core.fit(site).with_prefix(site.prefix_tokens)
     core = core.after_prefix(options.get("prefix_tokens", site.prefix_tokens))
@@ -69,7 +69,10 @@ def placed(core: Core, site: Site, options: dict[str, Any]) -> Core:
 
 
 def put(module: AttentionModule, core: Any, backend: str | None = None) -> None:
-    """Make `module` use `core`, which must already be adapted to module.site. New parameters are on the device of `module`."""
+    """Set the core of `module` to `core`. New parameters are on the device of `module`.
+
+    `core` must already be adapted to module.site.
+    """
     weight = module.qkv.weight
     module.core, module.backend = core, backend or module.backend
     module.mount(core, module.site)

@@ -1,4 +1,4 @@
-"""Helper functions of `linearize` for batches of images or tokens, and for model outputs."""
+"""Helper functions of `linearize` for batches and model outputs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Batches = Callable[[], Iterable[Any]]
 
 
 def drawn(name: str, batches: Batches, least: int = 1) -> Iterator[Any]:
-    """Iterate once over the batches with at least `least` samples.
+    """Call `batches` once, and return an iterator over the batches that have at least `least` samples.
 
     Raises:
-        TypeError: `batches` is not a function that returns an iterable. The message calls this argument `name`.
+        TypeError: `batches` is not a function that returns an iterable. The message refers to the function as `name`.
     """
     if not callable(batches):
         raise TypeError(f"{name}: expected a function that returns a fresh iterator, got {type(batches).__name__}")
@@ -33,10 +33,11 @@ def drawn(name: str, batches: Batches, least: int = 1) -> Iterator[Any]:
 
 
 def endless(batches: Batches, least: int = 1) -> Iterator[Any]:
-    """Yield batches with at least `least` samples indefinitely. Whenever the batches end, `batches` is called again.
+    """Yield batches forever, skipping those with fewer than `least` samples. `batches` is called again after each pass.
 
     Raises:
-        TypeError, ValueError: `batches` is not a function that returns an iterable with at least one such batch.
+        TypeError: `batches` is not a function that returns an iterable.
+        ValueError: a pass has no batch with at least `least` samples.
     """
     while True:
         empty = True
@@ -71,7 +72,7 @@ def part_of(batch: Any, rank: int, world: int) -> Any:
 
 
 def checksum(batches: Iterable[Any], start: int = 0) -> int:
-    """Return a checksum of the tensors in the batches. `start` is the checksum of the batches before them."""
+    """Return a checksum of the tensors in the batches. `start` is the checksum of the preceding batches."""
     for x in (x for batch in batches for x in tensors(batch)):
         start = zlib.crc32(f"{x.dtype} {x.layout} {x.is_nested or tuple(x.shape)}".encode(), start)
         for part in _dense(x.detach()):
@@ -93,7 +94,7 @@ def check_same(name: str, batches: Iterable[Any], ranks: Ranks) -> None:
     """Check that all processes have the same batches.
 
     Raises:
-        ValueError: the tensors differ. All processes raise this error.
+        ValueError: the batches differ. All processes raise this error.
     """
     if ranks.world == 1:
         return

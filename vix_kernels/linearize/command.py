@@ -176,8 +176,8 @@ def _run(options: Any, ranks: Ranks) -> Report:
 def _classes(trained: Trained, dataset: Dataset, options: Any) -> tuple[str, ...] | None:
     """Return the class names to save with the result, or None if they are unknown.
 
-    These are the class names of the model, with one exception. The class names of the dataset are used if the dataset has as
-    many classes as the model, and if one of these conditions holds:
+    The names come from the model by default. They come from the dataset if it has as many classes as the model and if one of
+    these conditions holds:
 
     - The model has no class names.
     - --model is given, and no class name of the model occurs in the dataset. For example, transformers models and image folders
@@ -197,8 +197,8 @@ def _classes(trained: Trained, dataset: Dataset, options: Any) -> tuple[str, ...
 def _check_folder(folder: Path, overwrite: bool) -> None:
     """Raise UserError if `folder` is a file, or contains files but neither linearized.json nor linearize.pt.
 
-    If `overwrite` is False, a folder with a converted model is also an error. A folder with linearize.pt, the checkpoint of a
-    conversion, is always accepted.
+    If `overwrite` is False, the function also rejects a folder with a converted model. It always accepts a folder with
+    linearize.pt, the checkpoint of a conversion.
     """
     from ..integrations.linearized import CONFIG, PROGRESS, WEIGHTS
 
@@ -215,7 +215,7 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
 def _locked(folder: Path, ranks: Ranks) -> Iterator[None]:
     """Create and lock the folder, so that no other command writes to it.
 
-    On exit, remove the folder if it was created here and is empty.
+    On exit, remove the folder if it is new and empty.
     """
     from ..training.checkpoint import remove_leftovers
     from ..training.lock import locked
@@ -254,7 +254,7 @@ def _dataset(trained: Trained, options: Any) -> Dataset:
 
 
 def _batches(dataset: Dataset, trained: Trained, images: Any, count: int, size: int) -> Callable[[], Iterator[Tensor]]:
-    """Return a function that iterates over `count` randomly chosen images in batches of `size`, always in the same order."""
+    """Return a function that iterates over `count` random images in batches of `size`, in the same order in every call."""
     import torch
 
     def batches() -> Iterator[Tensor]:

@@ -29,7 +29,7 @@ from .state import Progress, copy_weights, weights_checksum
 from .transfer import collect, fitting, ignore, initialize, layer_of, measure, softmax, transferring
 
 LEARNING_RATE, BETAS = 0.1, (0.9, 0.95)
-GAUSSIAN = 0.5  # default of `gaussian`, the factor of |k|^2 / 2; when this factor was trained, it ended at 0.35 to 0.54
+GAUSSIAN = 0.5  # default of `gaussian`, the factor of |k|^2 / 2; training this factor resulted in values from 0.35 to 0.54
 FIRST_SAMPLES = 64  # samples from which the features are initialized
 
 
@@ -52,39 +52,42 @@ def linearize(
     progress: bool | None = None,
     **options: Any,
 ) -> Report:
-    """Replace the softmax attention of a trained model with linear-cost attention, in place, and fit it to the original.
+    """Replace a trained model's softmax attention with linear-cost attention in place, and fit the new attention to the old.
 
         report = linearize(model, lambda: loader, num_features=32)
 
     The model can be from timm, transformers or vix_kernels.models, or contain nn.MultiheadAttention. With op="feature", each
-    layer learns features so that its output is close to that of softmax attention with the same q, k and v (Hedgehog, arXiv
+    layer learns features that make its output close to the output of softmax attention for the same q, k and v (Hedgehog, arXiv
     2402.04347). The weights of the model do not change, unless `finetune_steps` is set. Class and register tokens use exact
-    softmax attention, unless exact_prefix=False or op="linear". With op="nystrom", there are no features to learn. Instead,
-    each layer gets the placement of the landmarks with the smaller error: on the token grid, or in segments of the sequence.
-    Under torchrun, each batch is split among the processes, so all processes must get the same batches.
+    softmax attention, unless exact_prefix=False or op="linear". With op="nystrom", there are no features to learn. In each
+    layer, `linearize` compares landmarks on the token grid with landmarks in segments of the sequence, and chooses the
+    placement with the smaller error. Under torchrun, each batch is split among the processes, so all processes must receive the
+    same batches.
 
     Args:
         model: the trained model. It stays on its device.
         batches: a function that returns a fresh iterator over batches, always in the same order. A batch is a tensor, a tuple
-            whose first item is the input, or a dict of the model's arguments. 256 to 512 samples in batches of 16 suffice.
+            whose first item is the input, or a dict of the model's arguments. In total, 256 to 512 samples in batches of 16
+            suffice.
         op: the new attention method, such as "feature", "nystrom" or "performer" (random features, which are not trained).
         layers: names or patterns of the attention layers to convert, such as ["blocks.1*"]. None: all layers.
         steps: number of training steps, each with one batch.
-        finetune_steps: number of additional steps, after `steps`. They train all weights that require gradients, so that
-            the model reproduces the output of the original model. Models with mean pooling and without exact class or register
-            tokens benefit most. If finetune_steps > 0, a copy of the original model is kept in memory.
+        finetune_steps: number of fine-tuning steps, which follow the training steps. They train all weights that require
+            gradients, so that the model reproduces the output of the original model. Models benefit most if they use mean
+            pooling and have no class or register tokens with exact softmax attention. If finetune_steps > 0, a copy of the
+            original model is kept in memory.
         distill: the output that the fine-tuning steps reproduce. "soft": the class probabilities, or the output itself if the
             model is not a classifier. "features": the result of model.forward_features.
         finetune_lr: learning rate of the fine-tuning steps.
-        max_error: layers with a larger relative squared error keep softmax attention. For "nystrom", each layer gets the
+        max_error: layers with a larger relative squared error keep softmax attention. For "nystrom", each layer uses the
             smallest number of landmarks with an error of at most max_error, unless num_landmarks is given.
         eval_batches: held-out batches for the report. Defaults to `batches`.
-        eval_samples: number of samples for the errors and the agreement in the report, rounded up to whole batches.
+        eval_samples: number of samples on which the report compares the model with the original, rounded up to whole batches.
         output: a folder for checkpoints. A call with the same settings continues an interrupted conversion in this folder.
         overwrite: whether to start again if `output` contains a conversion.
-        seed: seed of the features.
+        seed: random seed for initializing the features.
         progress: whether to show a progress bar. By default, it is shown only on a terminal.
-        options: options of the new attention, such as num_features=32 or exact_prefix=False. See
+        options: options of the new attention method, such as num_features=32 or exact_prefix=False. See
             vix_kernels.integrations.drop_in.DropIn.
 
     Returns:
@@ -193,7 +196,7 @@ class Conversion:
         )  # fmt: skip
 
     def draw(self, eval_batches: Batches, eval_samples: int) -> None:
-        """Collect the batches for the report."""
+        """Collect batches for the report, with at least `eval_samples` samples in total if there are enough."""
         name, count = "batches" if eval_batches is self.batches else "eval_batches", 0
         for batch in drawn(name, eval_batches, self.ranks.world):
             self.eval_batches.append(batch)
@@ -232,7 +235,7 @@ class Conversion:
         return [parameter for layer in self.layers for parameter in layer.parameters]
 
     def drop_refused(self) -> None:
-        """Keep softmax attention in layers that cannot be converted."""
+        """Remove layers that cannot be converted, and add the reasons to the report."""
         for layer in self.layers:
             if layer.tokens < 2 and not layer.reason:
                 layer.reason = f"expected at least 2 tokens, got {layer.tokens}"
@@ -250,7 +253,7 @@ class Conversion:
             raise ValueError(f"model: expected at least one attention layer that can be converted, got {reasons}")
 
     def part(self, batch: Any) -> Any:
-        """Return this process's samples of a batch."""
+        """Return the part of a batch that belongs to this process."""
         return part_of(batch, self.ranks.rank, self.ranks.world)
 
     @torch.no_grad()
@@ -289,7 +292,10 @@ class Conversion:
                 parameter.grad.copy_(grad.view_as(parameter))
 
     def choose(self, max_error: float | None) -> None:
-        """Measure the final errors. For each layer, choose a candidate, or softmax attention if the error is too large."""
+        """Measure the final errors. Choose a candidate core for each layer.
+
+        If the errors of all candidates exceed `max_error`, the layer keeps softmax attention.
+        """
         after = self.errors_before
         if self.trained:
             transferring(self.layers, measure)
@@ -349,7 +355,7 @@ class Conversion:
         self.report.steps += steps
 
     def finish(self, teacher: nn.Module | None) -> None:
-        """Compare the outputs of the model with those of the teacher, and measure times.
+        """Compare the model's outputs with the teacher's, time the model, and store the results in the report.
 
         If `teacher` is None, the weights have not changed, so the model with softmax attention is the teacher.
         """

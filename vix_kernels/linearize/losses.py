@@ -15,7 +15,7 @@ WARMUP = 10  # steps
 
 
 def schedule(step: int, steps: int) -> float:
-    """Return the factor of the learning rate in a step: a linear warm-up, then a half-cosine decay towards 0."""
+    """Return the learning-rate multiplier for a step: a linear warm-up, then a half-cosine decay toward 0."""
     warmup = min(WARMUP, steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -36,8 +36,8 @@ def distilled(distill: str) -> Callable[[nn.Module, Any], Tensor]:
 
 
 def has_classes(model: nn.Module, out: Tensor) -> bool:
-    """Return whether the output of a model consists of logits of at least two classes.
+    """Return whether `out`, the output of a model, contains logits of at least two classes.
 
-    If num_classes of the model is 0, its output consists of features.
+    If num_classes of the model is 0, `out` contains features.
     """
     return out.dim() == 2 and out.shape[1] > 1 and getattr(model, "num_classes", 1) != 0

@@ -47,7 +47,7 @@ class Report:
             not a classifier, the relative squared error of the output.
         samples: the number of samples on which `agreement` and `divergence` were measured.
         steps, seconds: the number of training steps, and the duration of the conversion.
-        milliseconds: times of a forward pass on one batch, with softmax attention and with the new attention.
+        milliseconds: median times of a forward pass on one batch: (with softmax attention, with the new attention).
         warnings: messages about conversions that do not save time.
     """
 
@@ -112,7 +112,7 @@ class Report:
     def add_times(self, model: nn.Module, batch: Any, with_softmax: Callable[[], Any], rounds: int = 3) -> None:
         """Measure the times of a forward pass on `batch`, and add a warning if the converted model is slower.
 
-        In the context that `with_softmax` returns, the model computes softmax attention.
+        `with_softmax` returns a context manager that makes the model compute softmax attention.
         """
         self.milliseconds = compare(model, batch, with_softmax, rounds=rounds)
         if self.milliseconds[1] > self.milliseconds[0]:

@@ -23,7 +23,7 @@ STAGES = ("fit", "finetune")
 
 
 class Progress:
-    """The state of a conversion, saved so that an interrupted conversion can continue. Without a folder, nothing is saved."""
+    """The saved state from which `linearize` continues an interrupted conversion. If `folder` is None, nothing is saved."""
 
     def __init__(self, folder: Path | None, settings: dict[str, Any], ranks: Ranks) -> None:
         self.path = folder and folder / PROGRESS
@@ -86,7 +86,7 @@ class Progress:
             ) from error
 
     def restore(self, stage: str, tensors: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> int:
-        """Load the saved tensors and optimizer of a stage. Return the number of completed steps, or 0 if nothing is saved."""
+        """Load the tensors and optimizer state of a stage. Return the number of completed steps, or 0 if nothing is saved."""
         part = self.saved.get(stage) if stage == STAGES[0] else self.saved.pop(stage, None)
         self.batches, self.completed = 0, (0, None)
         if part is None:
@@ -99,7 +99,7 @@ class Progress:
         return part["step"]
 
     def following(self, batches: Iterator[Any], steps: int) -> Iterator[Any]:
-        """Skip the batches of the completed steps (see `restore`), and yield the following batches up to step `steps`.
+        """Skip the batches of the completed steps (see `restore`), and yield the batches of the remaining steps up to `steps`.
 
         Raises:
             ValueError: the skipped batches differ from those before the interruption.

@@ -1,13 +1,15 @@
 """Attention transfer: fit linear-cost attention to the softmax attention of a trained model, layer by layer.
 
-While a model runs, a `Transfer` replaces the core (see nn/core.py) of each attention layer. It returns the output of softmax
-attention, so every layer receives the same inputs as in the trained model (the teacher). It also compares this output with the
-outputs of one or more linear-cost cores (the students) for the same q, k and v. The error of a layer is
+While a model runs, a `Transfer` replaces the core (see nn/core.py) of each attention layer. A `Transfer` returns the output of
+softmax attention, so every layer receives the same inputs as in the trained model (the teacher). It also compares this output
+(softmax_n for token n) with the outputs out_n of one or more linear-cost cores (the students) for the same q, k and v. The
+error of a student is
 
     sum_n w_n |out_n - softmax_n|^2 / sum_n w_n |softmax_n|^2
 
-over the valid tokens n without exact softmax attention. Class and register tokens among these have a larger weight w_n. Every
-layer has a separate loss, so its backward pass runs before the next layer starts, and only one layer keeps activations.
+where n runs over the valid tokens that do not use exact softmax attention. Among these tokens, class and register tokens have a
+larger weight w_n. Every layer has a separate loss. Its backward pass runs before the next layer starts, so only one layer at a
+time keeps activations.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ class Layer:
         holder: the module that holds the core and its parameters.
         students: the candidate cores.
         prefix_tokens: the number of class and register tokens.
-        on_grid: number of students whose landmarks can be placed on the model's grid. These come first in `students`.
+        on_grid: number of students whose landmarks can be placed on the model's grid. They come first in `students`.
         tokens, batch: the number of tokens and the batch size of k in the latest call.
         reason: why the layer cannot be converted, or "" if no reason is known.
         errors: for each call, a tensor (students + 1,): the squared error of each student, and the squared norm of the softmax
@@ -71,7 +73,7 @@ class Layer:
         return self.holder.learned_parameters()
 
     def relative_errors(self, ranks: Ranks) -> list[float]:
-        """Return the error of each student over all measured batches, and clear `errors`."""
+        """Return the relative squared error of each student over all measured batches, and clear `errors`."""
         *squares, total = ranks.sum(torch.stack(self.errors).sum(0).cpu()).tolist()
         self.errors = []
         return [square / total if total else 0.0 for square in squares]
@@ -118,7 +120,7 @@ class Call:
         )  # fmt: skip
 
 
-# Receives a layer, its students with landmarks placed for this call, the call, and the output of softmax attention
+# Called with a layer, its students (with landmarks placed for this call), the call, and the output of softmax attention
 Action = Callable[[Layer, list[Core], Call, Tensor], None]
 
 
@@ -220,7 +222,7 @@ def fitting(ranks: Ranks) -> Action:
 
 @torch.no_grad()
 def initialize(layer: Layer, seed: int) -> None:
-    """Set the features to the k-means centers of the sums q' + k', where q' = sqrt(scale) q and k' = sqrt(scale) k.
+    """Set the weights w of the features to k-means centers of q' + k', where q' = sqrt(scale) q and k' = sqrt(scale) k.
 
     exp(scale q.k) = exp(|q' + k'|^2 / 2) exp(-|q'|^2 / 2) exp(-|k'|^2 / 2). The features exp(w.q') exp(w.k' - |w|^2 / 2) with w
     near q' + k' contribute most to an estimate of the first factor.
@@ -259,7 +261,7 @@ def transferring(layers: list[Layer], action: Action) -> None:
 
 @contextmanager
 def softmax(layers: list[Layer]) -> Iterator[None]:
-    """Compute softmax attention in all converted layers inside the block."""
+    """Make all converted layers compute softmax attention inside the `with` block."""
     cores = [layer.holder.core for layer in layers]
     transferring(layers, ignore)
     try:

@@ -1,17 +1,17 @@
 """Measurements of speed, accuracy, memory and traffic, on this machine or for GPUs that are not present.
 
 timing          device time and wall-clock time of a call
-machine         name, versions and peak rates of this machine
+machine         device name, package versions and peak rates of this machine
 providers       implementations of an operator: this library's backends, plain and compiled PyTorch, SDPA, other packages
 operators       one operator at one size: a check against float64, then the time of each provider
 models          comparison of the models with the original implementations
 sweep           `vix bench`
 pictures        plots of the results of `vix bench`
 check           `vix check`
-costs, roofline     operations, bytes and launches of a call; `vix dev roofline`
+costs, roofline     FLOPs, bytes and launches of a call; `vix dev roofline`
 traffic         bytes that the kernels load and store; `vix dev traffic`
 interpreter     patches that make Triton's interpreter faster, and hooks for its memory accesses
-offline, machine_code       compilation for GPUs that are not present, and the resources that the machine code uses
+offline, machine_code       compilation for GPUs that are not present, and the resource usage of the machine code
 observed        kernel launches of a call, recorded without compilation and identified by hashes
 ttgir, counting     loops and logits in Triton's intermediate representation, and instruction counts of the machine code
 compile_report, compile_cell    `vix dev compile-report`: the command and its workers

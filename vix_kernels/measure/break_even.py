@@ -1,7 +1,7 @@
 """Break-even lengths: the number of tokens at and above which an attention method is faster than softmax attention.
 
-The table break_even.csv has lengths measured on a CPU and lengths predicted for a GPU. `python -m bench.break_even --write`
-updates the table, and docs/choosing.md explains it. The lengths differ for other devices, options and batch sizes.
+The table break_even.csv contains lengths that were measured on a CPU or predicted for a GPU. docs/choosing.md explains the
+table, and `python -m bench.break_even --write` updates it. The lengths differ for other devices, options and batch sizes.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class BreakEven:
     """The break-even length of one attention method.
 
     Attributes:
-        kind: "measured" or "predicted". The length was computed from times of this kind.
-        device: the CPU with its number of threads, or the name of the GPU.
+        kind: "measured" or "predicted", the kind of times from which the length was computed.
+        device: the CPU model and the number of threads, or the name of the GPU.
         commit: the commit of this library whose times were measured or predicted.
         op: short name of the attention method, such as "nystrom".
         direction: "forward", or "full" for forward and backward together.
@@ -48,25 +48,25 @@ class BreakEven:
 
     @property
     def least(self) -> float:
-        """The number of tokens below which the method is expected to be slower. 0 if it is faster at all tested lengths."""
+        """The number of tokens below which the method is expected to be slower, or 0 if it is faster at all tested lengths."""
         number = int(self.tokens.removeprefix(MORE).removesuffix(FEWER))
         return 0 if self.tokens.endswith(FEWER) else number + self.tokens.startswith(MORE)
 
 
 @cache
 def rows() -> tuple[BreakEven, ...]:
-    """Return the rows of the table."""
+    """Return the rows of break_even.csv."""
     return tuple(read_csv(PATH, BreakEven))
 
 
 def slower(op: str, tokens: int, width: int, device: str) -> BreakEven | None:
-    """Return the table row for `op` if `op` is slower than softmax attention in the forward pass, otherwise None.
+    """Return the row for `op` if `op` is slower than softmax attention in the forward pass, otherwise None.
 
     Args:
-        op: short name of the attention method.
+        op: short name of the attention method, such as "nystrom".
         tokens: the number of tokens.
         width: width of a head. The row with the closest width on a logarithmic scale is used.
-        device: type of the device: "cpu" or "cuda".
+        device: "cpu" or "cuda".
     """
     kind = {"cpu": "measured", "cuda": "predicted"}.get(device)
     found = [row for row in rows() if (row.kind, row.op, row.direction) == (kind, op, "forward")]
@@ -77,9 +77,9 @@ def slower(op: str, tokens: int, width: int, device: str) -> BreakEven | None:
 def crossing(ratios: Mapping[int, float]) -> str:
     """Return the break-even length as text, in the format of `BreakEven.tokens`.
 
-    `ratios` maps numbers of tokens to the time of the attention method divided by the time of softmax attention. The break-even
-    length is interpolated between the largest number of tokens at which the method is not faster and the next larger number.
-    The interpolation is linear in the logarithms of the ratio and the number of tokens.
+    `ratios` maps each tested number of tokens to the time of the attention method divided by the time of softmax attention. The
+    break-even length is interpolated between the largest number of tokens at which the method is not faster and the next larger
+    number. The interpolation is linear in the logarithms of the ratio and the number of tokens.
     """
     lengths = sorted(ratios)
     slower = [at for at, tokens in enumerate(lengths) if ratios[tokens] >= 1]

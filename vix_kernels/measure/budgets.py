@@ -1,7 +1,7 @@
 """Limits and budgets that the compile report checks, and the declared exceptions with their reasons.
 
-The budgets are for sm_90, and for bf16 unless a dtype is given. If a budget is known to be missed, the limit `reached` is
-checked instead. Change this file when a kernel becomes faster, or when a change makes it slower for a good reason.
+The budgets are for sm_90, and for bf16 unless a dtype is given. If a budget is known to be missed, a looser limit (`reached`)
+is checked instead. Change this file when a kernel becomes faster, or when there is a good reason for a slower kernel.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class Declared:
     """An exception to a limit, for kernels whose names start with `kernel`.
 
     Attributes:
-        limit: the largest allowed value, instead of the usual limit.
+        limit: the largest allowed value, which replaces the usual limit.
         reason: why the exception is necessary.
         use: words such as "performer+mask backward 110". The exception applies only to rows in which a call in `Row.uses`
             contains all of these words.
-        archs, dtypes, widths: where the exception applies. An empty tuple means all values.
+        archs, dtypes, widths: values to which the exception is restricted. An empty tuple means no restriction.
     """
 
     kernel: str
@@ -51,7 +51,7 @@ class Declared:
 
 @cache
 def words(use: str) -> set[str]:
-    """Split `use`, such as "performer+mask backward 110", into its op, variants, direction and numbers of slots."""
+    """Return the words in `use` as a set, such as {"performer", "mask", "backward", "110"}."""
     return set(re.findall("[^ +,]+", use))
 
 
@@ -191,7 +191,7 @@ def nvidia_violations(row: Row) -> list[str]:
 
 
 def is_pass(row: Row) -> bool:
-    """Return whether a kernel computes softmax attention between tokens and slots."""
+    """Return whether the kernel of `row` computes softmax attention between tokens and slots."""
     return row.kernel.startswith(("aggregate", "broadcast")) and "prepare" not in row.kernel
 
 
@@ -204,14 +204,13 @@ class Budget:
 
     Attributes:
         name: description of the value, for messages.
-        kernels: prefixes of kernel names. The values of the matching kernels are added; for "warps", the minimum is used.
-        use, width, slots: the call, such as "performer forward", its head width, and its number of slots,
-            such as random features (0 for any).
-        most: the budget. It is a maximum, except for "warps", where it is a minimum.
-        reached: if the budget is missed, the limit that is checked instead.
+        kernels: prefixes of kernel names. The values of the matching kernels are added. For "warps", the minimum is used.
+        use, width, slots: the call, such as "performer forward", its head width, and its number of slots (0 for any).
+        most: the budget. For "warps", it is a minimum, otherwise a maximum.
+        reached: a looser limit that is checked instead of a missed budget, or None.
         reason: why the budget is missed.
-        column: which value is limited: "loop" or "whole" (columns of the compile report), "whole over loop" (their ratio),
-            "thousand" (instructions per 1,000 multiply-adds), or "warps" (resident warps per multiprocessor).
+        column: "loop" or "whole" (columns of the compile report), "whole over loop" (their ratio), "thousand" (instructions per
+            1,000 multiply-adds), or "warps" (resident warps per multiprocessor).
         against: another call, or "". If set, the value is divided by the value of the same kernels in that call.
         dtype: the dtype. If it is not bf16, the value is divided by the value of the same kernels in bf16.
     """
@@ -229,7 +228,7 @@ class Budget:
     dtype: str = "bf16"
 
     def value(self, rows: Iterable[Row]) -> float | None:
-        """Return the value in the rows of one Triton version, or None if a row is missing."""
+        """Compute the limited value from the rows of one Triton version. Return None if a row is missing."""
         rows = [row for row in rows if row.arch == "sm_90" and row.width == self.width]
         value = self.sum([row for row in rows if row.dtype == self.dtype], self.use)
         if value is None or (self.dtype == "bf16" and not self.against):
@@ -258,7 +257,7 @@ class Budget:
         return value < limit if self.column == "warps" else value > limit
 
 
-EXACT = "the backward recomputes exponentials exactly as in the forward, so row_max and 1 / total are not folded into products"
+EXACT = "the backward pass recomputes exponentials exactly, so row_max and 1 / total are not folded into products"
 PADDED = "a tile has 128 slots, but its 18 slots of padding do not count"
 BACKWARD = ("broadcast_tokens_kernel", "broadcast_slots_kernel")
 # Name, kernels, call, and the pair (most, reached) for case A (width 32, 110 slots) and case B (width 64, 256 slots)
@@ -287,7 +286,7 @@ ROPE = (
     ("broadcast forward", ("broadcast_forward_kernel",), "performer forward", 1.25, None),
     ("aggregate tokens", ("aggregate_tokens_kernel",), "performer backward", 1.35, 1.42),
 )
-SERIAL = "the backward has a loop of unknown length, so its predicted time is infinite"
+SERIAL = "the backward pass has a loop of unknown length, so its predicted time is infinite"
 LINEAR = (  # with 128 random features: name, kernel, direction, and the budgets for elu and for relu
     ("aggregate forward", "linear_aggregate_forward", "forward", 6.5, 4.5),
     ("broadcast forward", "linear_broadcast_forward", "forward", 8, 6),
@@ -295,8 +294,8 @@ LINEAR = (  # with 128 random features: name, kernel, direction, and the budgets
     ("broadcast backward", "linear_broadcast", "backward", 21, 21),
 )
 CHANNEL = "the products are small, and each element is prepared for them several times"
-# Instructions of whole programs per element of the keys, summed over all kernels of a direction. Without random features, each
-# channel is a slot, so an element of the keys is a pair of a token and a slot.
+# Instructions of whole programs per element of k, summed over all kernels of a direction. Without random features, each channel
+# is a slot, so an element of k is a (token, slot) pair.
 CHANNELS = (  # name, kernels, direction, and the pair (most, reached)
     ("forward", ("linear_",), "forward", (16, 21)),
     ("backward", ("linear_",), "backward", (40, 59)),
@@ -342,7 +341,8 @@ class Predicted:
     """A budget, in microseconds, for the predicted time of a call on the H100, summed over its launches (see launch_times.py).
 
     Attributes:
-        directions, kernels: which launches count: "forward", "backward" or both, and prefixes of kernel names.
+        directions: "forward", "backward" or both. Only launches in these directions count.
+        kernels: prefixes of kernel names. Only launches of these kernels count.
         most, reached, reason: as in Budget.
     """
 
@@ -369,7 +369,7 @@ PREDICTED = (
 
 
 def late(times: Mapping[str, float]) -> tuple[list[str], list[str]]:
-    """Return messages for the predicted `times` (in seconds) that exceed their budgets, as two lists (see `missed`)."""
+    """Return two lists of messages (see `missed`) for the predicted `times`, in seconds, that exceed their budgets."""
     declared, failed = [], []
     for budget in PREDICTED:
         value = 1e6 * times.get(budget.name, 0.0)
@@ -382,7 +382,7 @@ def late(times: Mapping[str, float]) -> tuple[list[str], list[str]]:
 
 
 def missed(rows: Iterable[Row], budgets: Iterable[Budget]) -> tuple[list[str], list[str]]:
-    """Return messages for missed budgets, as two lists: for values that `Budget.reached` allows, and for the others."""
+    """Return two lists of messages for missed budgets: one for values within `reached`, and one for all other values."""
     rows = list(rows)
     declared, failed = [], []
     for budget in budgets:

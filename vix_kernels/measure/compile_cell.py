@@ -1,6 +1,6 @@
 """Compile the kernels of one cell of the compile report, and describe their machine code.
 
-A cell is an architecture, a dtype and a head width.
+A cell is a combination of an architecture, a dtype and a head width.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Report:
         rows: a row for every launched specialization that was compiled in this run or is in the table.
         compiled: number of specializations that were compiled in this run.
         missing: number of launched specializations that the table lacks. It is counted only if nothing is compiled.
-        launches: maps "op direction" to the number of launches by this library and the number by PyTorch. If there are several
-            calls, the call with the most launches by this library counts.
+        launches: maps "op direction" to the number of launches by this library and the number of launches by PyTorch. If
+            several calls have the same op and direction, the call with the most launches by this library is used.
         errors: a message for each call or compilation that failed.
         times: maps the name of a budget in budgets.PREDICTED to the predicted seconds on the H100.
         changed: a message for each specialization that was compiled again and differs from the table.
@@ -93,7 +93,7 @@ def run_cell(arch: str, dtype: str, width: int, ops: tuple[str, ...], table: Pat
 
 
 def predicted_times(arch: str, dtype: str, width: int, known: Mapping[str, Row]) -> dict[str, float]:
-    """Map the name of each budget for this cell to the predicted seconds, or to infinity if a trip count is unknown."""
+    """Return the predicted seconds for each budget of this cell, indexed by name. Unknown trip counts give infinity."""
     from .launch_times import call_times  # imported here, because launch_times imports this module
 
     gpu = next(gpu for gpu in GPUS if gpu.name == "H100")
@@ -114,7 +114,7 @@ def uses_text(uses: Iterable[Use]) -> str:
 
 
 def whole(row: Row, launches: Iterable[Launch]) -> float:
-    """Return the number of instructions of all programs in the largest launch, per pair of a token and a slot.
+    """Return the number of instructions of all programs in the largest launch, per (token, slot) pair.
 
     For kernels without main loops, or without arguments N and M, return the number per element of the largest tensor.
     """
@@ -126,9 +126,9 @@ def whole(row: Row, launches: Iterable[Launch]) -> float:
 
 
 def work(parts: Iterable[Section], launch: Launch) -> list[float]:
-    """Return the counts of one warp (see Counts), summed over all programs. The sum is extrapolated from a sample.
+    """Return the work of one warp of each program (see Counts), summed over all programs, as a list in the order of PIPES.
 
-    If the trip count of a loop is unknown, one iteration is assumed.
+    The sum is extrapolated from a sample of programs. If the trip count of a loop is unknown, one iteration is assumed.
     """
     parts = tuple(parts)
     total = [0.0] * len(PIPES)
@@ -154,7 +154,10 @@ def rounded(value: float) -> float:
 
 
 def compile_launches(arch: str, launches: Iterable[Launch], errors: list[str]) -> Iterator[Row]:
-    """Compile each launch, and yield its row without dtype, width, uses and `whole`. Append failures to `errors`."""
+    """Compile the kernel of each launch and yield its row. For each failure, append a message to `errors`.
+
+    The columns `dtype`, `width`, `uses` and `whole` are left empty or 0.
+    """
     compiled = []
     for launch in launches:
         try:
@@ -167,7 +170,7 @@ def compile_launches(arch: str, launches: Iterable[Launch], errors: list[str]) -
 
 
 def resident_programs(arch: str, warps: int, *resources: int) -> int:
-    """Return how many programs fit on a multiprocessor. `resources`: see Target.occupancy."""
+    """Return how many programs fit on a multiprocessor. `resources` are arguments of Target.occupancy."""
     target = TARGETS[arch]
     return -(-target.occupancy(warps, *resources) * target.warps // (100 * warps))  # undo rounding down to a percentage
 

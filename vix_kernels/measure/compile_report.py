@@ -1,9 +1,9 @@
 """Compile the kernels that the public ops launch, count the instructions of their machine code, and check the counts.
 
-The committed table has a row for every specialization that was compiled. Only specializations without a current row are
+The committed table has a row for every specialization that was compiled. Only specializations without an up-to-date row are
 compiled, so a change to a kernel does not recompile other kernels. The exit status is 1 if a kernel does not compile, spills,
-does not fit in shared memory, executes matrix products one after another, computes logits twice, or exceeds a budget. The
-limits, budgets and exceptions are in measure/budgets.py.
+does not fit in shared memory, serializes matrix products, computes logits twice, or exceeds a budget. The limits, budgets and
+exceptions are in measure/budgets.py.
 
 --write adds the new rows to the table and drops the rows of changed kernels. It saves every finished cell (architecture, dtype
 and head width), so that the next run can continue an interrupted run.
@@ -154,7 +154,7 @@ def worker_environment() -> Iterator[None]:
 
 
 def prepare_worker(modules: Iterable[str]) -> None:
-    """Import `modules`, which register specifications on import. The modules may belong to other packages."""
+    """Import `modules`, which register operators on import. The modules may belong to other packages."""
     torch.set_num_threads(1)
     for name in modules:
         import_module(name)
@@ -163,7 +163,7 @@ def prepare_worker(modules: Iterable[str]) -> None:
 def by_workers(jobs: int, function: Callable[..., Result], cells: list[tuple]) -> Iterator[Result]:
     """Yield the result of function(*cell) for every cell, in the order in which the results arrive.
 
-    The first three items of a cell are the architecture, the dtype (or its number of bits) and the head width. Cells with
+    The first three elements of a cell are the architecture, the dtype (or its number of bits) and the head width. Cells with
     the largest head widths start first, to balance the load.
     """
     # Workers are spawned, not forked, because Triton decides at import time whether kernels are interpreted.
@@ -177,9 +177,9 @@ def by_workers(jobs: int, function: Callable[..., Result], cells: list[tuple]) -
 
 
 def shared_memory_table(args: argparse.Namespace) -> int:
-    """Measure the shared memory of every entry of the launch table and compare it with the committed table.
+    """Measure the shared memory of every entry of the launch table, and compare it with the committed table.
 
-    With --write, measure only the entries that the committed table lacks, and add them.
+    With --write, measure only the entries that the committed table lacks, and add them. Return the exit status.
     """
     archs = tuple(TARGETS if not args.arch else dict.fromkeys(args.arch))  # without --arch, all targets
     bits = {8 * DTYPES[dtype].itemsize for dtype in args.dtype or DTYPES}

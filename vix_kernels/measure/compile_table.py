@@ -1,6 +1,6 @@
 """The table of the compile report: one row per kernel specialization and cell (architecture, dtype and head width).
 
-The table can contain rows for several Triton versions. Reviewers read the diff of the committed table.
+The table can contain rows for several Triton versions.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class Row:
     Attributes:
         blocks: sizes of the tiles.
         programs: number of programs that are resident on a multiprocessor at the same time.
-        unit: the unit in "per unit" below: "logit", "value" or "" (see counting.Analysis).
+        unit: "logit", "value" or "" (see counting.Analysis). Some columns contain numbers per unit.
         loop: instructions of all lanes in the main loops, per unit.
-        whole: instructions of all programs in the largest observed launch, per pair of a token and a slot (such as a landmark
-            or a random feature). Padding does not count as tokens or slots. For kernels without main loops or without arguments
-            N and M, the number is per element of the largest tensor.
+        whole: instructions of all programs in the largest observed launch, per (token, slot) pair. Slots are, for example,
+            landmarks or random features. Padding does not count as tokens or slots. For kernels without main loops or without
+            arguments N and M, the number is per element of the largest tensor.
         exps: exponentials in the main loops, per unit.
         waits: instructions in the main loops that wait for matrix products.
         products: number of matrix products in the main loops, counted in TTGIR, Triton's GPU intermediate representation.
@@ -108,7 +108,7 @@ def parse_counts(text: str) -> dict[str, float]:
 
 
 def outdated(rows: Iterable[Row]) -> list[str]:
-    """Return the kernels whose code has changed since the rows were written, or that no longer exist."""
+    """Return "kernel arch" for each kernel whose code has changed since its row was written, or that no longer exists."""
     return sorted({f"{row.kernel} {row.arch}" for row in rows if not is_current(row)})
 
 

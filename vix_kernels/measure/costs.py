@@ -1,8 +1,8 @@
-"""The minimum cost of a call: its operations, its memory traffic and its launches.
+"""The minimum cost of a call: its FLOPs, exponentials, memory traffic and launches.
 
-The OpSpec states the number of operations. The memory traffic is the total size of the inputs and outputs of the torch.library
-operators in the call. No result is computed, and no GPU is needed. The call runs on meta tensors, and its launches are counted
-instead of executed.
+The OpSpec gives the FLOPs and the exponentials. The memory traffic is the total size of the inputs and outputs of the
+torch.library operators in the call. No result is computed, and no GPU is needed. The call runs on meta tensors, and its
+launches are counted instead of executed.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class _Count(TorchDispatchMode):
 
 @contextmanager
 def _counting(arch: str) -> Iterator[_Count]:
-    """Count the bytes and launches inside the block as if on a GPU of `arch`. No kernel is compiled or run."""
+    """Yield a _Count of the bytes and launches in the `with` block, as on a GPU of `arch`. No kernel is compiled or run."""
     count = _Count()
 
     def observe(*launch: Any) -> None:

@@ -1,8 +1,8 @@
 """Count the instructions in a kernel's machine code, per logit and by pipe (an execution unit of a multiprocessor).
 
-The loops of the machine code (SASS) are matched with the loops of TTGIR (see ttgir.py). The TTGIR loops show the number of
-logits per iteration and the number of iterations. Main loops are the innermost loops with matrix instructions. If any of them
-compute logits, the other loops are not counted.
+The loops in the machine code (SASS) are matched with the loops in TTGIR (see ttgir.py). The TTGIR loops show the number of
+logits per iteration and the number of iterations. Main loops are the innermost loops with matrix instructions. If any main
+loops compute logits, only these are counted.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from .machine_code import MATRIX, Instruction, access_bits
 from .ttgir import Loop
 
 LANES = 32
-# Instructions by pipe. Every instruction also takes an issue slot. Matrix instructions use the `tensor` pipe. Instructions that
-# are not listed take only an issue slot.
+# Instructions by pipe. Every instruction also uses an issue slot. Matrix instructions use the `tensor` pipe. Instructions that
+# are not listed use only an issue slot.
 FMA = {"FADD", "FMUL", "FFMA", "IMAD", "HFMA2", "HADD2", "HMUL2", "FADD2", "FMUL2", "FFMA2"}
 ALU = {
     "F2FP", "FMNMX", "FMNMX3", "FSEL", "FSET", "FSETP", "HSETP2", "I2FP", "IABS", "IADD", "IADD3", "IMNMX", "ISETP", "LEA",
@@ -32,7 +32,10 @@ PIPES = ("issue", "fma", "alu", "exp", "tensor", "shared", "global")
 
 @dataclass(frozen=True)
 class Rates:
-    """Throughput of one multiprocessor per clock cycle, in lanes, multiply-adds (`tensor`) or bytes (`shared`, `global_`)."""
+    """Throughput of a multiprocessor per clock cycle, in thread instructions.
+
+    `tensor` is in multiply-adds. `shared` and `global_` are in bytes.
+    """
 
     fma: int
     tensor: int
@@ -44,7 +47,7 @@ class Rates:
 
 
 # Sources: the throughput table for arithmetic instructions in the CUDA C++ Programming Guide, and the published peak rates of
-# 16-bit products with float32 accumulators. A multiprocessor exchanges up to 64 bytes per cycle with the L2 cache.
+# 16-bit matrix products with float32 accumulators. A multiprocessor exchanges up to 64 bytes per cycle with the L2 cache.
 RATES = {
     "sm_80": Rates(fma=64, tensor=1024),
     "sm_86": Rates(fma=128, tensor=256),
@@ -57,8 +60,8 @@ RATES = {
 
 @dataclass(frozen=True)
 class Counts:
-    """Work of one warp by pipe: 16-bit multiply-adds for `tensor` (TF32 counts twice), bytes per lane for `shared` and
-    `global_`, and instructions for the other pipes.
+    """Work of one warp by pipe: 16-bit multiply-adds for `tensor` (TF32 multiply-adds count twice), bytes per lane for `shared`
+    and `global_`, and instructions for the other pipes.
     """
 
     issue: int = 0
@@ -70,7 +73,7 @@ class Counts:
     global_: int = 0
 
     def cycles(self, warps: int, arch: str) -> dict[str, float]:
-        """Return the number of cycles for which `warps` warps occupy each pipe of a multiprocessor."""
+        """Return the number of cycles for which `warps` warps occupy each pipe of a multiprocessor, indexed by pipe."""
         lanes = {name: 1 if name == "tensor" else LANES for name in PIPES}
         return {
             name: getattr(self, each.name) * lanes[name] * warps / getattr(RATES[arch], each.name)
@@ -80,7 +83,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Section:
-    """The body of a loop, or of the whole program, without its inner loops.
+    """The body of a loop, or of the whole program, without inner loops.
 
     `counts` is the work of one warp per execution. `trips` is an expression for the number of executions.
     """
@@ -99,7 +102,7 @@ class Section:
 
 @dataclass(eq=False)
 class MachineLoop:
-    """A loop of the machine code. `code` excludes its inner loops. `matched` is the corresponding TTGIR loop, if any."""
+    """A loop in the machine code. `code` excludes inner loops. `matched` is the corresponding TTGIR loop, or None."""
 
     code: list[Instruction]
     children: list[MachineLoop] = field(default_factory=list)
@@ -127,10 +130,11 @@ def is_product(instruction: Instruction) -> bool:
 
 
 def loops(code: Sequence[Instruction]) -> MachineLoop:
-    """Return the whole program as a MachineLoop that contains its loops.
+    """Return the whole program as a MachineLoop, whose children are the outermost loops of the program.
 
-    Only natural loops count: loops in which a branch goes back to a block that dominates it. Code that the compiler moved to
-    the end of the program, and that jumps back, is not a loop. Code that is never reached, such as padding, is ignored.
+    Only natural loops count. In a natural loop, a branch goes back to a block that dominates the branch. Code that the compiler
+    moved to the end of the program, and that jumps back from there, is not a loop. Code that is never reached, such as padding,
+    is ignored.
     """
     starts, successors = blocks(code)
     reached = dominators(successors)
@@ -163,7 +167,7 @@ def loops(code: Sequence[Instruction]) -> MachineLoop:
 
 
 def blocks(code: Sequence[Instruction]) -> tuple[list[int], list[list[int]]]:
-    """For each basic block, return the index of its first instruction and the indices of its successors."""
+    """Return the index of the first instruction of each basic block, and the indices of the successors of each block."""
     at = {each.address: index for index, each in enumerate(code)}
     heads = {0}
     for index, each in enumerate(code):
@@ -183,7 +187,7 @@ def blocks(code: Sequence[Instruction]) -> tuple[list[int], list[list[int]]]:
 
 
 def dominators(successors: list[list[int]]) -> dict[int, int]:
-    """Map each reachable block, in reverse postorder, to a bit mask of its dominators."""
+    """Return a dict that maps each reachable block to a bit mask of its dominators. Blocks are in reverse postorder."""
     order, seen, waiting = [], {0}, [(0, iter(successors[0]))]
     while waiting:  # a depth-first search, which appends the blocks in postorder
         block, rest = waiting[-1]
@@ -220,7 +224,7 @@ def waits_for_barrier(code: list[Instruction]) -> bool:
 
 
 def match(machine: MachineLoop, loop: Loop) -> None:
-    """Match each loop of the machine code with a TTGIR loop. The loops are in the same order, but ptxas may unroll some."""
+    """Match `machine` with the TTGIR loop `loop`, then the inner loops of both in order. ptxas may have unrolled some loops."""
     pairs = align(machine.children, loop.children)
     if pairs is None:  # align only the loops with products, because ptxas may split the other loops
         ours, sources = ([each for each in inner if each.multiplies] for inner in (machine.children, loop.children))
@@ -231,7 +235,7 @@ def match(machine: MachineLoop, loop: Loop) -> None:
 
 
 def align(ours: list[MachineLoop], sources: list[Loop]) -> list[tuple[MachineLoop, Loop]] | None:
-    """Pair the loops in order, or return None if a loop has no match.
+    """Return the pairs of corresponding loops in order, or None if a loop has no match.
 
     TTGIR loops with constant trip counts do not need a match, because ptxas may have unrolled them.
     """
@@ -251,7 +255,7 @@ def align(ours: list[MachineLoop], sources: list[Loop]) -> list[tuple[MachineLoo
 class Analysis:
     """Results of the analysis of a kernel's machine code.
 
-    Values for the main loops are per `unit`, except `waits` and `products`. If `unit` is "", they are all 0 or empty.
+    Values for the main loops are per `unit`, except `waits` and `products`. If `unit` is "", these values are 0 or empty.
 
     Attributes:
         unit: "logit", or "value" if no main loop computes logits (see ttgir.Loop). "" if there is no main loop, or if no main
@@ -261,8 +265,8 @@ class Analysis:
         waits: number of instructions in the main loops that wait for matrix products.
         products: number of matrix products in the main loops, counted in TTGIR.
         multiply_adds: multiply-adds in the main loops.
-        cycles: cycles for which the main loops occupy each pipe of a multiprocessor, by name in PIPES.
-        sections: the whole program, split at its loops, for predictions.
+        cycles: maps each name in PIPES to the cycles for which the main loops occupy this pipe of a multiprocessor.
+        sections: the sections of the whole program, for predictions.
     """
 
     unit: str
@@ -323,7 +327,7 @@ def counted(code: Iterable[Instruction]) -> Counts:
 
 @cache
 def work_of(opcode: str, disabled: bool) -> Counts:
-    """Return the work of one instruction. An instruction whose guard is never true takes only an issue slot."""
+    """Return the work of one instruction. An instruction whose guard is never true uses only an issue slot."""
     if disabled:
         return Counts(issue=1)
     kind, *modifiers = opcode.split(".")
@@ -343,7 +347,10 @@ def work_of(opcode: str, disabled: bool) -> Counts:
 
 
 def multiply_adds(kind: str, modifiers: list[str]) -> int:
-    """Return the number of multiply-adds that one warp executes per instruction. Four warps execute one HGMMA together."""
+    """Return the number of multiply-adds that one warp executes per instruction. TF32 multiply-adds count twice.
+
+    Four warps execute one HGMMA together.
+    """
     factor = 2 if "TF32" in modifiers else 1
     if kind == "HGMMA":
         rows, columns, depth = map(int, next(each for each in modifiers if "x" in each).split("x"))

@@ -1,6 +1,6 @@
 """A FlashAttention forward kernel for comparing predicted times with published measurements.
 
-bench/break_even.py also predicts the time of softmax attention from this kernel. The kernel follows algorithm 1 of
+bench/break_even.py uses the same kernel to predict the time of softmax attention. The kernel follows algorithm 1 of
 FlashAttention-2 (arXiv:2307.08691): a program keeps a tile of queries and loops over the keys.
 """
 
@@ -21,7 +21,7 @@ from .roofline import GPUS
 
 # TFLOP/s of the forward pass of Triton's tutorial kernel on an H100 80GB SXM5 in FP16, by (head width, causal) and for each
 # length in LENGTHS. Source: FlashAttention-3 (arXiv:2407.08608), figure 5, bars labeled "Triton". A batch has 16,384 tokens in
-# total, and all heads together have 2,048 channels. A causal pass counts as half as many operations.
+# total, and all heads together have 2,048 channels. A causal pass counts as half as many FLOPs.
 PUBLISHED = {
     (64, False): (382, 400, 403),
     (64, True): (288, 363, 363),
@@ -83,7 +83,7 @@ def flash_forward_kernel(
 
 
 def flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
-    """Return the softmax attention of contiguous q, k and v (batch, heads, N, D). N must be a multiple of the tile sizes."""
+    """Compute softmax attention for contiguous q, k and v (batch, heads, N, D). N must be a multiple of the tile sizes."""
     batch, heads, tokens, width = q.shape
     out, lse = torch.empty_like(q), q.new_empty(batch, heads, tokens, dtype=torch.float32)
     block_m, block_n = min(128, tokens), 64
@@ -111,7 +111,7 @@ class Comparison:
 
 
 def calibrate() -> Iterator[Comparison]:
-    """Yield each published time with the prediction for the H100."""
+    """Yield a Comparison for each published time, with the prediction for the H100."""
     gpu = next(gpu for gpu in GPUS if gpu.name == "H100")
     for (width, causal), speeds in PUBLISHED.items():
         for tokens, speed in zip(LENGTHS, speeds, strict=True):

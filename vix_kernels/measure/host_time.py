@@ -4,10 +4,10 @@ examples:
   vix dev host-time                                every operator, in microseconds and relative to two small calls (see below)
   vix dev host-time performer_attention --profile  one operator, and the fraction of its time in each step, such as autograd
 
-At small sizes, an eager call takes as long as its host time. The operators run on CPU tensors as they would on an H100, but
-no kernel runs: Triton's launcher calls a stub instead of the CUDA driver. Building the launcher and the stub needs a C
-compiler. No GPU is needed. In the columns "without launches", the launcher is not called. The difference from the other times
-is the time of the launcher.
+At small sizes, an eager call takes as long as its host time. The operators run on CPU tensors as they would on an H100, but no
+kernel runs: Triton's launcher calls a stub instead of the CUDA driver. Building the launcher and the stub needs a C compiler.
+No GPU is needed. The column "us without launches" and the ratios after it exclude the launcher. The difference between the
+columns "us" and "us without launches" is the time of the launcher.
 
 Times of different runs cannot be compared, because they depend on the machine and its load. Ratios can be compared. They are
 relative to PyTorch's scaled_dot_product_attention on tiny CPU tensors ("x attention"), and to an empty autograd.Function with
@@ -49,7 +49,7 @@ STUB = Path(__file__).with_name("stub_driver.c")
 ARCH = "sm_90"
 CASE = Case("host", batch=1, heads=2, tokens=128, width=64, features=64)
 DIRECTIONS = ("forward", "both")
-# Maps a part of a file name to a step of the profile. The first match counts. C functions are matched by name instead.
+# Maps a part of a file name to a step of the profile. The first match is used. C functions are matched by their names.
 STEPS = {
     "vix_kernels/ops": "checks",
     "vix_kernels/backends": "checks",
@@ -76,7 +76,7 @@ class Row:
 
     op: str
     direction: str
-    launcher: str  # "triton": launches call a stub of the CUDA driver; "none": they are skipped
+    launcher: str  # "triton": the launcher calls a stub of the CUDA driver; "none": launches are skipped
     microseconds: float
     sdpa: float
     function: float
@@ -102,7 +102,7 @@ class Empty(torch.autograd.Function):
 
 
 def yardsticks() -> dict[tuple[str, str], Callable[[], Any]]:
-    """Return the calls that operators are compared with, by name and direction.
+    """Return the functions that operators are compared with, indexed by (name, direction).
 
     "sdpa" is scaled_dot_product_attention on tiny CPU tensors. "function" is an empty autograd.Function with eight tensors.
     """
@@ -141,7 +141,7 @@ def both_of(call: Callable[[], Any], wanted: tuple[Tensor, ...]) -> Callable[[],
 
 
 def operator_calls(spec: OpSpec) -> dict[str, Callable[[], Any]]:
-    """Return two calls to an operator on small CPU tensors in bfloat16: "forward", and "both" for forward and backward."""
+    """Return two functions that call an operator on small bfloat16 CPU tensors: "forward", and "both" for both passes."""
     problem = draw(spec, spec.fit(CASE), torch.bfloat16, "cpu")
 
     def call() -> Any:
@@ -153,13 +153,13 @@ def operator_calls(spec: OpSpec) -> dict[str, Callable[[], Any]]:
 
 @contextmanager
 def launches(launcher: str) -> Iterator[None]:
-    """Let operators run on CPU tensors. If `launcher` is "none", skip launches. Otherwise, let them call the stub driver."""
+    """Let operators run on CPU tensors inside the `with` block. If `launcher` is "none", kernel launches are skipped."""
     from .._triton import compiled
 
     nothing = compiled.Compiled(None, lambda *args: None, None, None, ())
     with (
         patch.object(compiled, "run", lambda *args: nothing) if launcher == "none" else nullcontext(),
-        patch.object(plans, "entries", {}),  # plans recorded outside this block may contain another launcher
+        patch.object(plans, "entries", {}),  # plans recorded outside this block may contain a different launcher
         patch.object(plans, "on_gpu", lambda *args, **kwargs: True),
         patch.object(backends, "reasons_against_triton", lambda *arguments: []),
     ):
@@ -167,7 +167,7 @@ def launches(launcher: str) -> Iterator[None]:
 
 
 def set_driver(stub: bool) -> None:
-    """Make Triton's driver report an H100. If `stub` is set, Triton's launcher calls the functions of the stub driver."""
+    """Make Triton's driver report an H100. If `stub` is True, Triton's launcher calls the functions of the stub driver."""
     from triton.runtime.driver import driver
 
     from .._triton.targets import TARGETS
@@ -228,7 +228,7 @@ def profile(op: str, launcher: str, calls: int = 300) -> dict[str, float]:
 
 
 def work(request: dict[str, Any]) -> None:
-    """Measure in this process, and print one JSON object per line: a Row, or an operator with its profile."""
+    """Run the measurements that `request` describes. Print one JSON object per line: a Row, or an operator with its profile."""
     for name in request["modules"]:
         import_module(name)
     torch.set_num_threads(1)
@@ -241,7 +241,7 @@ def work(request: dict[str, Any]) -> None:
 
 
 def c_compiler() -> str | None:
-    """Return the path of a C compiler, or None if there is none."""
+    """Return the path of a C compiler, or None if none is installed."""
     return next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
 
 
@@ -262,7 +262,7 @@ def build_stub(folder: str) -> dict[str, str]:
 
 @contextmanager
 def stub_environment() -> Iterator[tuple[dict[str, str], bool]]:
-    """Yield the environment of a process that compiles kernels but cannot run them, and whether the stub could be built."""
+    """Yield environment variables for a process that compiles kernels but cannot run them, and whether the stub was built."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         stub = build_stub(folder)
@@ -271,7 +271,7 @@ def stub_environment() -> Iterator[tuple[dict[str, str], bool]]:
 
 
 def results(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the results of `work` in a process in which Triton compiles for an H100 and finds only the stub driver."""
+    """Run `work` in a process in which Triton compiles for an H100 and finds only the stub driver. Yield the results."""
     with stub_environment() as (environment, stub):
         request = request | dict(launchers=["none", "triton"] if stub else ["none"])
         command = [sys.executable, "-c", f"import json; from {__name__} import work; work(json.loads(input()))"]

@@ -17,18 +17,18 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-# A function that receives the addresses of the elements that an access reads or writes, and the size of an element in bytes.
+# A function that receives the addresses of the accessed elements, and the size of an element in bytes.
 Observer = Callable[[np.ndarray, int], None]
 
 
 @contextmanager
 def fast_interpreter() -> Iterator[None]:
-    """Make interpreted kernels run several times faster inside the block, with the same results.
+    """Make interpreted kernels run several times faster inside the `with` block, with the same results.
 
-    By default, the interpreter patches triton.language at every call to a device function, which takes 2 ms. Inside the block,
-    it patches the module only once per launch. By default, it also repeats additions, subtractions and multiplications of
-    integers in 64 bits to check for overflow. Inside the block, this check is disabled. Dtypes and the attributes of block_type
-    and tensor objects are cached, because recomputing them would take most of the remaining time.
+    By default, the interpreter patches triton.language at every call to a device function. Each patch takes 2 ms. Inside the
+    block, the interpreter patches the module only once per launch. By default, the interpreter repeats additions, subtractions
+    and multiplications of integers in 64 bits to check for overflow. Inside the block, this check is disabled. Dtypes and the
+    attributes of block_type and tensor objects are cached, because recomputing them would take most of the remaining time.
     """
     patch_language, everything = _get(interpreter, "_patch_lang"), SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
     nothing = _get(interpreter, "_LangPatchScope")()
@@ -88,7 +88,7 @@ def fast_interpreter() -> Iterator[None]:
 
 @contextmanager
 def watched(loaded: Observer, stored: Observer) -> Iterator[None]:
-    """Call `loaded` before every load from global memory by a kernel inside the block, and `stored` before every store."""
+    """In the `with` block, call `loaded` before each load of a kernel from global memory, and `stored` before each store."""
     builder = _get(interpreter, "interpreter_builder")
     load, store = _get(builder, "create_masked_load"), _get(builder, "create_masked_store")
 

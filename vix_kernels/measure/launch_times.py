@@ -1,4 +1,4 @@
-"""Predict how long each kernel launch of a call takes, from the machine code of the kernel.
+"""Predict the time of each kernel launch in a call, based on the machine code of the kernel.
 
 The prediction is the longest of these times: the time to transfer each argument to or from memory once; for each pipe
 (execution unit) of the multiprocessors, the time to execute its instructions; and LAUNCH, the assumed interval between kernels.
@@ -52,7 +52,8 @@ def predict(launch: Launch, parts: Iterable[Section], warps: int, gpu: Device) -
 def call_times(spec: OpSpec, case: Case, dtype: str, gpu: Device, known: Mapping[str, Row]) -> Iterator[tuple[str, Time]]:
     """Yield the direction and the predicted time of each launch of a call.
 
-    PyTorch's launches in a direction are combined into one Time. Kernels whose keys are not in `known` are compiled.
+    All PyTorch kernels of a direction are combined into one Time. `known` maps keys to rows of the compile report. Kernels
+    whose keys are not in `known` are compiled.
 
     Raises:
         RuntimeError: a kernel does not compile.
@@ -66,7 +67,7 @@ def call_times(spec: OpSpec, case: Case, dtype: str, gpu: Device, known: Mapping
 
 
 def committed() -> dict[str, Row]:
-    """Return the rows of the committed table, indexed by key."""
+    """Return the rows of the committed compile report (compile_report.csv), indexed by key."""
     return {row.key: row for row in read_csv(TABLE, Row)}
 
 

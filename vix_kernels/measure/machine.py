@@ -56,7 +56,7 @@ def version_of(package: str) -> str:
 
 @functools.cache
 def commit() -> str:
-    """Return the commit of the checkout, with the suffix "-dirty" if files have changed, or "unknown"."""
+    """Return the commit of the checkout, with the suffix "-dirty" if files have changed, or "unknown" if git reports none."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"
@@ -65,7 +65,7 @@ def commit() -> str:
 
 
 def peaks(device: str) -> Device:
-    """Return the published peak rates if the device is in GPUS, otherwise measured rates of copies and matrix products."""
+    """Return the published peak rates if the device is in GPUS, otherwise rates measured with copies and matrix products."""
     known = {gpu.device: gpu for gpu in GPUS}
     return known.get(device_name(device)) or _measured(device, torch.get_num_threads())
 

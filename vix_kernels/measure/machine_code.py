@@ -1,4 +1,4 @@
-"""Read the resources that compiled kernels use. On NVIDIA, they are read from cubins, and on AMD from assembly code."""
+"""Determine the resource usage of compiled kernels, from cubins on NVIDIA and from assembly code on AMD."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Resources:
 
 
 def read(gpu: GPUTarget, kernels: Iterable[Mapping[str, str | bytes]]) -> list[Resources]:
-    """Return the resources of each kernel. `kernels` are the `asm` attributes of Triton's CompiledKernel objects."""
+    """Return the resource usage of each kernel. `kernels` are the `asm` attributes of Triton's CompiledKernel objects."""
     if gpu.backend == "cuda":
         return read_cubins(gpu.arch, [each["cubin"] for each in kernels])
     return [read_amdgcn(each["amdgcn"]) for each in kernels]
@@ -46,7 +46,7 @@ STORES = {"STG", "UTMASTG"}
 
 
 class Instruction(NamedTuple):
-    """An instruction of NVIDIA machine code (SASS). `target` is the address to which a branch jumps."""
+    """An instruction of NVIDIA machine code (SASS). `target` is the address to which a branch jumps, or None."""
 
     address: int
     guard: str  # the predicate that must be true, such as "@!P0", or ""
@@ -83,13 +83,13 @@ def parse(address: str, guard: str, opcode: str, rest: str) -> Instruction:
 
 
 def read_cubins(arch: int, cubins: list[bytes]) -> list[Resources]:
-    """Return the resources of each cubin, using the NVIDIA tools in the Triton wheel."""
+    """Return the resource usage of each cubin, determined with the NVIDIA tools in the Triton wheel."""
     codes = disassemble(arch, cubins)
     return [count_sass(code, usage(cubin)) for code, cubin in zip(codes, cubins, strict=True)]
 
 
 def usage(cubin: bytes) -> dict[str, str]:
-    """Return the number of registers (REG) and the bytes of STACK and LOCAL memory that a cubin declares."""
+    """Return the number of registers ("REG") and the bytes of stack ("STACK") and local memory ("LOCAL") of a cubin."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "cubin")
         path.write_bytes(cubin)
@@ -150,5 +150,5 @@ def read_amdgcn(assembly: str) -> Resources:
 
 
 def count(kinds: Iterable[Any]) -> dict[Any, int]:
-    """Return how often each kind occurs, sorted by kind."""
+    """Return a dict that maps each kind to the number of its occurrences, sorted by kind."""
     return dict(sorted(Counter(kinds).items()))

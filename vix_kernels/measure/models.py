@@ -1,9 +1,9 @@
 """`vix bench --models`: inference and training steps of the models, compared with their original implementations.
 
-If the vision_xformer 0.2.0 wheel is installed, the originals of ViL, ViP, ViN and FNet come from it. All other originals are
-the published models in plain PyTorch ("plain form"), as built by `from_original`. The original training scripts apply autocast
-only to the loss, so they train in float32. In the bf16 rows, the forward pass of the original also runs under autocast. Dropout
-rates are those of the published configurations.
+If the vision_xformer 0.2.0 wheel is installed, the originals of ViL, ViP, ViN and FNet come from this wheel. All other
+originals are the published models in plain PyTorch ("plain form"), as built by `from_original`. The original training scripts
+apply autocast only to the loss, so they train in float32. In the bf16 rows, the forward pass of the original also runs under
+autocast. Dropout rates are those of the published configurations.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ for stage, (stride, depth) in enumerate(((2, 1), (1, 1), (1, 2)), start=1):
 class Pair(NamedTuple):
     """The arguments of this library's model, and the label and arguments of its original.
 
-    `wheel` states whether the original comes from the vision_xformer wheel if this wheel is installed.
+    If `wheel` is True and the vision_xformer wheel is installed, the original comes from this wheel.
     """
 
     ours: dict[str, Any]
@@ -99,14 +99,16 @@ Form = tuple[str, str]
 
 
 def original_of(name: str) -> str:
-    """Return the label and source of the original of a model, or "" if there is none."""
+    """Return the label and source of a model's original implementation, or "" if the model has none."""
     if name not in PAIRS:
         return ""
     return f"{PAIRS[name].label}, " + ("vision_xformer 0.2.0" if PAIRS[name].from_wheel else "plain form")
 
 
 def make(name: str, provider: str, arguments: dict[str, Any], device: str) -> nn.Module:
-    """Return the model of a provider on `device`. `arguments` override the published arguments.
+    """Create the model `name` on `device`. `provider` selects the implementation, as in FORMS.
+
+    `arguments` override the published arguments of the model.
 
     Raises:
         Unavailable: the provider is "original", and there is no original or `arguments` are given.
@@ -128,7 +130,7 @@ def make(name: str, provider: str, arguments: dict[str, Any], device: str) -> nn
 def measure(
     name: str, forms: Sequence[Form], device: str, *, batch: int, rounds: int, arguments: dict[str, Any] | None = None
 ) -> list[Row]:
-    """Measure one model. For each form (provider and dtype), return a row for inference and one for a training step.
+    """Measure one model. For each form (provider and dtype), return one row for inference and one row for a training step.
 
     A training step consists of the forward pass, the loss, the backward pass and an AdamW update.
 
@@ -217,7 +219,7 @@ def _figures(step: Step, what: Row, inference: float, training: float) -> Iterat
 
 
 def run(args: Namespace, device: str, parser: ArgumentParser) -> Iterator[list[Row]]:
-    """Yield the rows of each model in turn."""
+    """Yield one list of rows per model."""
     names = PUBLISHED if args.models == "*" else list_models(args.models)
     if not names:
         parser.error(f"--models: expected a pattern that matches a model, such as {', '.join(PUBLISHED)}, got {args.models!r}")

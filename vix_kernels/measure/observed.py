@@ -40,11 +40,11 @@ class Launch:
     Attributes:
         kernel: name of the kernel.
         key: hash of everything that determines the machine code. Launches with equal keys run the same code.
-        source: hash of the code of the kernel and of everything it uses.
+        source: hash of the code of the kernel, and of the device functions and constants that the kernel uses.
         grid: number of programs in each dimension.
         scalars: the integer arguments, by name.
-        constexprs: the constexprs that are numbers, by name.
-        bytes: total size of the distinct tensors among the arguments. Expanded dimensions count once.
+        constexprs: the integer constexprs, by name.
+        bytes: total size of the distinct tensors among the arguments. Expanded dimensions count as size 1.
         elements: number of elements of the largest of these tensors.
         heads: batch size times number of heads, or 1 if no argument has at least four dimensions.
         compile: function that compiles the kernel and returns Triton's CompiledKernel.
@@ -67,13 +67,13 @@ class Launch:
 
     @property
     def pairs(self) -> int:
-        """Number of pairs of a token and a slot in all samples and heads, or 0 if the kernel has no arguments N and M."""
+        """Number of (token, slot) pairs in all samples and heads, or 0 if the kernel has no arguments N and M."""
         return self.heads * self.scalars.get("N", 0) * self.scalars.get("M", 0)
 
 
 @contextmanager
 def observed(arch: str) -> Iterator[list[Launch]]:
-    """Yield a list of the launches inside the block. Nothing is compiled or run."""
+    """Yield a list that collects the kernel launches of the `with` block. The kernels are neither compiled nor run."""
     launches: list[Launch] = []
 
     def observe(kernel: Any, grid: tuple[int, ...], args: tuple, meta: dict[str, Any]) -> None:
@@ -113,13 +113,13 @@ def describe(arch: str, kernel: Any, grid: tuple[int, ...], args: tuple, meta: d
 
 
 def stored(x: Tensor) -> int:
-    """Return how many bytes a launch transfers if it reads or writes a tensor once. Expanded dimensions count once."""
+    """Return how many bytes a launch transfers if it reads or writes `x` once. Expanded dimensions count as size 1."""
     sizes = (size for size, stride in zip(x.shape, x.stride(), strict=True) if stride)
     return x.element_size() * prod(sizes)
 
 
 class OnMeta(TorchDispatchMode):
-    """Call the implementations of this library's operators on meta tensors. PyTorch would call the fake kernels instead.
+    """Calls the implementation of each operator of this library on meta tensors, instead of its fake kernel.
 
     `launches` counts the kernels that PyTorch itself would launch on a GPU. Allocations and views launch none.
     """
@@ -142,7 +142,7 @@ class OnMeta(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Use:
-    """A call in the compile report: the operator's name with its variant, the direction and the number of slots."""
+    """A pass in the compile report: the operator with its variant, "forward" or "backward", and the number of slots."""
 
     op: str
     direction: str
@@ -153,7 +153,7 @@ class Use:
 
 
 def calls(spec: OpSpec, width: int, dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
-    """For each call to an operator in the compile report, yield its name in the table and a case with its sizes."""
+    """Yield the name and the case of each call to the operator of `spec` in the compile report."""
     cases = list(spec.compiled + spec.variants)
     for case in spec.compiled[:1]:
         if any(each.masked for each in spec.cases):
@@ -173,7 +173,7 @@ def calls(spec: OpSpec, width: int, dtype: torch.dtype) -> Iterator[tuple[str, C
 
 
 def observe_call(spec: OpSpec, case: Case, dtype: torch.dtype, arch: str) -> Iterator[tuple[str, list[Launch], int]]:
-    """For each direction, yield its name, the launches by this library, and the number of launches by PyTorch."""
+    """Yield (direction, launches by this library, number of launches by PyTorch) for "forward" and "backward"."""
     problem = draw(spec, case, dtype, "meta")
     outputs: Any = ()
     for direction in ("forward", "backward"):
@@ -190,9 +190,9 @@ class Cell:
     """The launches of all calls for one architecture, dtype and head width."""
 
     launches: dict[str, list[Launch]] = field(default_factory=lambda: defaultdict(list))  # by key
-    uses: dict[str, list[Use]] = field(default_factory=lambda: defaultdict(list))  # calls that launch the kernel, by key
-    # Maps a use to the number of launches by this library and the number by PyTorch. If several calls have the same use, the
-    # call with the most launches by this library counts.
+    uses: dict[str, list[Use]] = field(default_factory=lambda: defaultdict(list))  # passes that launch the kernel, by key
+    # Maps "op direction" to the number of launches by this library and the number of launches by PyTorch. If several calls have
+    # the same op and direction, the call with the most launches by this library is used.
     counts: dict[str, tuple[int, int]] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
 

@@ -9,7 +9,7 @@
     for each in launches:  # filled when the block ends, one entry per specialization
         print(each)
 
-Inside the block, kernels are compiled instead of launched. A public function that is called with CPU tensors and
+Inside the `with` block, kernels are compiled instead of launched. A public function that is called with CPU tensors and
 backend="triton" compiles the kernels that it would launch, with the same signature, alignment and constexprs. No kernel runs,
 so the outputs are uninitialized. `launch` also accepts meta tensors, whose alignment follows from the storage offset. Triton's
 active driver reports the target GPU. TRITON_INTERPRET must not be set when triton is imported.
@@ -35,7 +35,7 @@ from .machine_code import Resources
 
 @dataclass(frozen=True)
 class CompiledLaunch:
-    """One specialization of a kernel, and its number of launches."""
+    """One specialization of a kernel, and how often it was launched."""
 
     kernel: str
     target: str
@@ -70,7 +70,7 @@ class CompiledLaunch:
 
 @contextmanager
 def driver_of(name: str) -> Iterator[None]:
-    """Make Triton's driver report the target `name` inside the block. Kernels can then be compiled, but not run."""
+    """Make Triton's driver report the target `name` inside the `with` block. Kernels can then be compiled, but not run."""
     gpu, active = TARGETS[name].gpu, driver._active
     # Triton's in-process cache is indexed by device, so each target must be a different device.
     answers = dict(get_current_target=lambda: gpu, get_current_device=lambda: gpu, get_current_stream=lambda device: 0)
@@ -83,7 +83,7 @@ def driver_of(name: str) -> Iterator[None]:
 
 @contextmanager
 def target(name: str) -> Iterator[list[CompiledLaunch]]:
-    """Compile every launch inside the block for the GPU target `name`. The yielded list is filled when the block ends."""
+    """Compile the kernels launched in the `with` block for target `name`. The yielded list is filled when the block ends."""
     launches: list[CompiledLaunch] = []
     with capture(name) as binaries:
         yield launches
@@ -92,7 +92,7 @@ def target(name: str) -> Iterator[list[CompiledLaunch]]:
 
 @contextmanager
 def capture(name: str) -> Iterator[list[Any]]:
-    """Compile each launch inside the block for the target `name`. Yield the list of compiled kernels, one per launch."""
+    """Compile the kernels launched in the `with` block for the target `name`. Yield a list with one kernel per launch."""
     if name not in TARGETS:
         raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {name!r}")
     binaries: list[Any] = []
@@ -107,7 +107,7 @@ def capture(name: str) -> Iterator[list[Any]]:
 
 
 def describe(name: str, binaries: Iterable[Any]) -> list[CompiledLaunch]:
-    """Describe the distinct binaries that were captured for the target `name`, in the order of their first launches."""
+    """Return a CompiledLaunch for each distinct binary of the target `name`, in the order of the first launches."""
     counts = Counter(each.hash for each in binaries)
     distinct = list({each.hash: each for each in binaries}.values())
     used = machine_code.read(TARGETS[name].gpu, [each.asm for each in distinct])
@@ -122,7 +122,7 @@ def describe(name: str, binaries: Iterable[Any]) -> list[CompiledLaunch]:
 
 
 def arguments(source: Any) -> tuple[dict[str, str], dict[str, Any]]:
-    """Return the run-time arguments of a specialization with their types, and its constexprs with their values."""
+    """Return two dicts: the types of the run-time arguments of a specialization, and the values of the constexprs."""
     declared = {param.name for param in source.fn.params if param.is_constexpr}
     names = list(source.signature)
     constants = {names[path[0]]: value for path, value in source.constants.items()}

@@ -3,8 +3,8 @@
 A row is a dictionary. Its "status" is "ok", "failed" (this library raised an error or returned wrong results) or "skipped"
 (the provider was not measured). Failed and skipped rows state the reason in "why". Only "ok" rows have times.
 
-On a CPU, the providers take turns and their CPU time is measured, so a change in the speed of the machine affects all of them
-equally. On a GPU, the providers are timed one after another.
+On a CPU, calls to the providers alternate and their CPU time is measured, so a change in the speed of the machine affects all
+providers equally. On a GPU, the providers are timed one after another.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ USUAL = {
     "cuda": Case("usual", batch=8, heads=8, tokens=4096, width=64, features=256, taps=33),
 }
 SIZES = ("batch", "heads", "tokens", "width", "features")
-# GPU calls that take fewer milliseconds than this are also measured with the wall clock, which includes the host overhead.
+# GPU calls that take fewer milliseconds than this are also measured in wall-clock time, which includes the host overhead.
 WALL_BELOW = 2.0
 
 
@@ -55,7 +55,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class Result:
-    """A row, and the times of the calls in milliseconds. `device_ms` in the row is their median.
+    """A row, and the times of the calls in milliseconds. `device_ms` in the row is the median of these times.
 
     For "backward", there are no call times, because `device_ms` is a difference of two medians.
     """
@@ -182,7 +182,7 @@ class Race:
         self.truth = Truth(problem)
 
     def run(self, direction: str, providers: Sequence[str], what: Row) -> dict[str, Result]:
-        """Return the result of each provider for one direction. `what` contains the row's other columns, such as the sizes."""
+        """Return the result of each provider for one direction, by name. All rows contain `what`, such as the sizes."""
         results, calls = {}, {}
         for name in providers:
             label = what | dict(provider=name, direction=direction)
@@ -210,7 +210,7 @@ class Race:
 
     @contextmanager
     def noting(self, results: dict[str, Result], label: Row) -> Iterator[None]:
-        """Record an error inside the block as the result of the provider."""
+        """Record an error inside the `with` block as the result of the provider in `label`."""
         try:
             yield
         except Exception as problem:
@@ -292,7 +292,7 @@ class Race:
         return Result(ok(**label, **figures), time.samples)
 
     def work(self, direction: str) -> Cost:
-        """Return the minimum work, assuming that forward and backward passes read each input and write each result once."""
+        """Return the minimum work, assuming that both passes read each input once and write each result once."""
         spec, inputs = self.problem.spec, list(self.problem.tensors.values())
         outputs = self.truth.batch * sum(x.nbytes for x in self.truth.plain[0])
         moved, flops, exps = sum(map(_bytes, inputs)) + outputs, spec.flops(self.case), spec.exps(self.case)
@@ -357,7 +357,7 @@ def _tuple(x: Any) -> tuple[Tensor, ...]:
 
 
 def _bytes(x: Tensor) -> int:
-    """Return the number of bytes that a tensor occupies in memory. Expanded dimensions count once."""
+    """Return the number of bytes that a tensor occupies in memory. Repeated elements of an expanded tensor count once."""
     return min(x.nbytes, x.untyped_storage().nbytes())
 
 

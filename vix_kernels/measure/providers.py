@@ -1,7 +1,7 @@
 """Providers of an operator: this library's backends, its plain PyTorch reference (eager and compiled), and peers.
 
-A peer is a function from another package, or PyTorch code as in published models, that is compared with the operator. Peers
-compute the same result, up to small differences. The docstrings below describe exceptions, such as softmax attention. The
+A peer is a function from another package, or PyTorch code as in published models. It is compared with the operator, and
+computes the same result up to small differences. The docstrings below describe exceptions, such as softmax attention. The
 linear layers of peers are replaced by identities, because the operator does not include them.
 """
 
@@ -84,7 +84,7 @@ def providers(op: str, device: str) -> list[str]:
 
 
 def peers(op: str) -> dict[str, tuple[str, Maker]]:
-    """Map the name of each peer of `op` to the module that must be importable and the function that makes the Contender."""
+    """Return the peers of `op`, by name, as pairs of the required module and the function that makes the Contender."""
     softmax = {"sdpa": ("torch", sdpa)} if SPECS[op].attends else {}
     return softmax | PEERS.get(op, {})
 
@@ -250,7 +250,7 @@ def _autocast(peer: Callable[..., Tensor], like: Tensor) -> Callable[..., Tensor
     return call
 
 
-# By operator and provider: the module that must be importable, and the maker. `peers` adds softmax attention.
+# For each operator and peer: the module that must be importable, and the Maker. `peers` adds softmax attention.
 PEERS: dict[str, dict[str, tuple[str, Maker]]] = {
     "performer_attention": {"performer-pytorch": ("performer_pytorch", performer)},
     "linear_attention": {"plain": ("torch", plain_linear), "flash-linear-attention": ("fla", fla)},

@@ -12,11 +12,11 @@ instruction counts come from the committed table of `vix dev compile-report`. Ke
 --calibrate compares such predictions with published times of FlashAttention on the H100.
 
 Without OP, a table shows the minimum time of all operators, or of those in --op, computed from published peak rates. gflop,
-mexp and mbyte are the minimum work of a call (10^9 operations, 10^6 exponentials, 10^6 bytes). predicted_us is the longest of
-four times: bytes divided by memory bandwidth, operations divided by the rate of the matrix units, exponentials divided by the
-rate of the special-function units, and 2 microseconds per launch. bound_by names the longest of these times. measured_us comes
-from the newest run of bench/on_gpu.sh in the results folder that measured the shape. It is empty if there is no such run.
-The prediction is a lower bound, not the time that a call takes.
+mexp and mbyte are the minimum work of a call (10^9 FLOPs, 10^6 exponentials, 10^6 bytes). predicted_us is the longest of four
+times: bytes divided by memory bandwidth, FLOPs divided by the rate of the matrix units, exponentials divided by the rate of the
+special-function units, and 2 microseconds per launch. bound_by names the longest of these times. measured_us is the time in the
+newest run of bench/on_gpu.sh that measured this shape, or empty if there is no such run. The runs are read from the folder
+--results. The prediction is a lower bound, not the time that a call takes.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class Device:
         name: short name.
         device: the result of `torch.cuda.get_device_name` for the variant of the GPU that has these rates.
         arch: architecture, such as "sm_90".
-        matrix: FLOP/s of 16-bit products with float32 accumulators.
-        tf32: FLOP/s of TensorFloat32 products.
-        float32: FLOP/s of float32 products.
-        bandwidth: bytes/s of memory.
-        exps: exponentials/s, with 16 per clock cycle and multiprocessor (on AMD, compute unit).
+        matrix: FLOP/s of 16-bit matrix products with float32 accumulators.
+        tf32: FLOP/s of TensorFloat32 matrix products.
+        float32: FLOP/s of float32 matrix products.
+        bandwidth: memory bandwidth in bytes/s.
+        exps: exponentials/s, assuming 16 per clock cycle per multiprocessor (per compute unit on AMD).
     """
 
     name: str
@@ -61,7 +61,7 @@ class Device:
     exps: float
 
     def flops(self, dtype: str) -> float:
-        """Return the peak FLOP/s of products in `dtype`. A float32 product uses three TF32 products if these are faster."""
+        """Return the peak FLOP/s of matrix products in `dtype`. Float32 products use three TF32 products if this is faster."""
         return self.matrix if dtype != "fp32" else max(self.tf32 / 3, self.float32)
 
 
@@ -121,7 +121,7 @@ class Cost:
 
 
 def shapes() -> Iterator[Case]:
-    """Yield the shapes for predictions and measurements: batches with 131,072 tokens in total, and batches of one image."""
+    """Yield the shapes for predictions and measurements: batches with 131,072 tokens in total, and batches of one sample."""
     for tokens in (256, 1024, 4096, 16384, 65536):
         yield Case(f"{tokens}", batch=131072 // tokens, heads=8, tokens=tokens, width=64, features=256)
     for tokens in (1024, 16384):
@@ -160,7 +160,7 @@ KEY = COLUMNS[:9]  # the columns up to `gpu`
 
 
 def measured(folder: Path) -> dict[tuple[str, ...], float]:
-    """Map the values of the columns KEY to the newest measured time of this library's kernels, in microseconds."""
+    """Return the newest measured times of this library's kernels in microseconds, indexed by the values of the KEY columns."""
     names = {gpu.device: gpu.name for gpu in GPUS}
     found: dict[tuple[str, ...], float] = {}
     for path in sorted(folder.glob("*/*/timing.csv"), key=lambda path: path.parent.name):  # <gpu>/<date>-<commit>
@@ -185,7 +185,7 @@ NOTE = "Predicted times come from published peak rates, not from measurements."
 
 
 def plot(path: Path, table: list[Row], format: str) -> None:
-    """Plot time against tokens, with a panel per operator and direction and a color per GPU.
+    """Plot time against the number of tokens, with a panel per operator and direction and a color per GPU.
 
     Dashed lines show predicted times, and dots show measured times.
     """
@@ -208,7 +208,7 @@ def plot(path: Path, table: list[Row], format: str) -> None:
             dots = [(r.tokens, r.measured_us) for r in line if r.measured_us is not None]
             if dots:
                 panel.plot(*zip(*dots, strict=True), "o", color=f"C{at}")
-        panel.set(title=f"{op} {direction}", xlabel="tokens of one image", ylabel="µs", xscale="log", yscale="log")
+        panel.set(title=f"{op} {direction}", xlabel="tokens per sample", ylabel="µs", xscale="log", yscale="log")
         low, high = panel.get_ylim()
         panel.set_ylim(min(low, high / 30), high * 2)  # otherwise tiny differences between times would fill the panel
         panel.grid(alpha=0.25)

@@ -1,9 +1,9 @@
 """The committed table of the shared memory that each entry of the launch table needs.
 
-`vix dev compile-report --shared` checks the table. Triton allocates shared memory before it generates machine code. Each
-compilation stops after the allocation, so it takes a third of the time of a full compilation. Every entry can therefore be
-measured in all its variants: RoPE in both layouts, random features with gradients, landmarks, masks, and the residual
-convolution. A row contains the maximum over the variants.
+`vix dev compile-report --shared` checks the table (shared_memory.csv). Triton allocates shared memory before it generates
+machine code. Each compilation stops after the allocation, so it takes a third of the time of a full compilation. Every entry
+can therefore be measured in all its variants: RoPE in both layouts, random features with gradients, landmarks, masks, and the
+residual convolution. A row contains the maximum over the variants.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def entries(arch: str) -> set[Row]:
 
 
 def missing(rows: Iterable[Row], arch: str) -> list[Row]:
-    """Return the entries of `arch` that do not have a current row for every Triton version in `rows`."""
+    """Return the launch table entries of `arch` that lack a row for at least one Triton version in `rows`."""
     measured = {(row.triton, row.entry) for row in rows}
     versions = {version for version, _ in measured} or {triton.__version__}
     return sorted(entry for entry in entries(arch) if any((version, entry) not in measured for version in versions))
@@ -90,10 +90,10 @@ def excesses(rows: Iterable[Row], arch: str) -> list[str]:
 
 
 def problems(bits: int, width: int) -> Iterator[Problem]:
-    """Yield problems that launch every kernel in all of its variants.
+    """Yield problems whose forward and backward passes launch every kernel in all variants.
 
     For some kernels, the launch table has separate entries for gradients of slots (such as random features), for many slots,
-    and for float16. The problems cover these entries too.
+    and for float16. The problems also cover these entries.
     """
     variants = dict(), dict(rope="half", masked=True, feature_map="elu"), dict(rope="interleaved")
     case = Case("", BATCH, HEADS, TOKENS, width=width, features=min(width, 128), taps=33, learned=True)
@@ -112,7 +112,7 @@ class Allocated(Exception):
 
 @contextmanager
 def allocation_only() -> Iterator[None]:
-    """Make the compilation of kernels inside the block raise Allocated instead of generating machine code."""
+    """Inside the `with` block, the compilation of a kernel raises Allocated instead of generating machine code."""
     from triton._C.libtriton import ir, nvidia, passes
     from triton.backends.amd.compiler import HIPBackend
     from triton.backends.nvidia.compiler import CUDABackend, get_ptx_version_from_options
@@ -143,7 +143,7 @@ def allocation_only() -> Iterator[None]:
 def measure(arch: str, bits: int, width: int, wanted: Iterable[Row]) -> list[Row]:
     """Measure the entries in `wanted`, which must all have the given `bits` and `width`, and return their rows.
 
-    Entries that no problem launches are skipped.
+    Entries without a launch are omitted.
     """
     by_key = {(each.kernel, each.bits, each.width): each for each in wanted}
     most: dict[Row, int] = {}

@@ -61,7 +61,7 @@ def hash_of(*kernels: str) -> str:
 
 @cache
 def device_code() -> dict[str, list[str]]:
-    """Map the name of each kernel, device function and constant in `_triton` to its source-code tokens.
+    """Return the source-code tokens of each kernel, device function and constant in `_triton`, indexed by name.
 
     If several files define a name, their tokens are concatenated.
     """

@@ -1,16 +1,16 @@
 """Benchmark operators against plain and compiled PyTorch, SDPA and other packages, or models against their original code.
 
 examples:
-  vix bench                                                      every operator over tokens, forward and full
+  vix bench                                                      every operator at several numbers of tokens, fwd and full
   vix bench --op nystrom_attention --sweep tokens --mode fwd,bwd,full --dtype bf16 --output results
   vix bench --op performer_attention --sweep features --values 16 32 64 128 --tokens 4096
   vix bench --models                                             images/s of every model, inference and training
   vix bench --models "hybrid_*" --batch 32
 
-A provider is one implementation of an operator. Its results are checked against float64 results before it is timed. A provider
-that returns wrong results, runs out of memory or is not installed gets a row with the reason and no time. bench.csv and
-bench.json are written to the output folder after every size or model, so an interrupted run keeps its results. At the end, the
-time and memory of operators are plotted in one figure per operator (PNG and SVG). If several operators were measured, one more
+A provider is one implementation of an operator. Its results are checked against float64 results before it is timed. If a
+provider returns wrong results, runs out of memory or is not installed, its row contains the reason instead of a time. bench.csv
+and bench.json are written to the output folder after every size or model, so an interrupted run keeps its results. At the end,
+the time and memory of each operator are plotted in one figure (PNG and SVG). If several operators were measured, one more
 figure compares them. On a CPU, times are CPU times of the process. On a GPU, times of operators are device times, and times of
 models are wall-clock times. "full" is forward and backward together; backward is full minus forward.
 """
@@ -112,7 +112,7 @@ def _modes(text: str) -> tuple[str, ...]:
 
 
 def sweep(args: argparse.Namespace, device: str) -> Iterator[list[Row]]:
-    """Yield the rows of each operator and swept value in turn."""
+    """Yield one list of rows for each combination of operator and swept value."""
     base = replace(USUAL[device], **{name: value for name in SIZES if (value := getattr(args, name))})
     values = args.values or SWEEPS[args.sweep][device]
     for op in args.op:

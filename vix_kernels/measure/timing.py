@@ -63,10 +63,10 @@ def in_turns(
     seconds: float = 0.0,
     clock: Callable[[], float] = time.process_time,
 ) -> dict[str, DeviceTime]:
-    """Time each function, by default in CPU time. Each round repeats every function for about `seconds`, at least once.
+    """Time each function, by default in CPU time, and return the times by name.
 
-    A warm-up round at the start, which calls each function once, is not counted. Because the functions take turns, a change in
-    the speed of the machine affects all of them equally.
+    Each round repeats every function for about `seconds`, but calls it at least once. A warm-up round at the start is not
+    counted. Because calls to the functions alternate, a change in the speed of the machine affects all of them equally.
     """
 
     def timed(function: Callable[[], Any], calls: int) -> float:
@@ -124,7 +124,7 @@ _failed: list[torch.cuda.CUDAGraph] = []  # kept alive, because torch's pinned-m
 
 
 def clean_up(pool: tuple[int, int]) -> None:
-    """Restore the process after a failed capture into `pool`.
+    """Restore the process after a failed CUDA graph capture into `pool`.
 
     If cudaStreamEndCapture fails, torch's capture_end raises before it ends the allocations to the pool. The next empty_cache
     would then raise, because it asserts that no capture is under way. The random-number generator also stays in its capture
@@ -149,16 +149,16 @@ def clean_up(pool: tuple[int, int]) -> None:
 
 
 class Spoiled(BaseException):
-    """Raised if a failed capture has left the process unusable for measurements.
+    """Raised if a failed CUDA graph capture has left the process unusable for measurements.
 
     The class is not a subclass of Exception, so handlers that record errors and continue do not catch it.
     """
 
 
 def wall_time(function: Callable[[], Any], *, calls: int = 20, rounds: int = 3) -> float:
-    """Return the wall-clock time per call to function() in milliseconds, measured over repeated calls.
+    """Return the wall-clock time per call to function() in milliseconds, as the median over rounds of `calls` calls.
 
-    This is approximately the host time or the device time, whichever is longer.
+    This is approximately the longer of the host time and the device time.
     """
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
 

@@ -11,10 +11,10 @@ nothing between launches. The kernels run in Triton's interpreter, and the addre
 Masked lanes, shared projections and views of one packed tensor are therefore counted correctly. A PyTorch operator counts as a
 launch that reads its operands and writes its result.
 
-The minimum traffic of a forward or backward pass is the number of bytes that it reads from its arguments, plus the
-number of bytes of its results. Each byte counts once. The arguments of the forward pass are the tensors that the caller passes.
-The backward pass also has the outputs and their gradients as arguments. All other traffic, such as statistics saved for the
-backward pass, is overhead of the implementation.
+The minimum traffic of a forward or backward pass is the number of bytes that it reads from its arguments, plus the number of
+bytes of its results. Each byte counts once. The arguments of the forward pass are the tensors that the caller passes. The
+arguments of the backward pass are the same tensors, the outputs, and the gradients of the outputs. All other traffic, such as
+statistics saved for the backward pass, is overhead of the implementation.
 
 Each line of the output is one launch: its total KiB, then the KiB loaded | stored per argument of the kernel. Traffic above
 the minimum comes from arguments of the op that appear in several lines, and from intermediate tensors. Nothing is timed, and no
@@ -55,7 +55,8 @@ OVERWRITING = ("aten::copy_", "aten::fill_", "aten::zero_")  # operators that ch
 class Launch:
     """The bytes that a kernel or PyTorch operator loads and stores, by argument.
 
-    A byte that is loaded (or stored) several times counts once. Arguments in the same storage share a key, such as "q+k+v".
+    A byte that is loaded (or stored) several times counts once. Arguments in the same storage have one common key, such as
+    "q+k+v".
     """
 
     kernel: str
@@ -156,7 +157,7 @@ def tensors(x: Any) -> Iterator[Tensor]:
 
 
 class Touched:
-    """A set of bytes in the storages of given tensors.
+    """A set of bytes in the storages of the given tensors.
 
     `maps` maps the address of each storage to an array that is nonzero at the bytes in the set.
     """
@@ -178,7 +179,7 @@ class Touched:
         return touched
 
     def add(self, addresses: np.ndarray, size: int) -> None:
-        """Add the elements of `size` bytes at `addresses`, which must all be in one storage."""
+        """Add the bytes of the elements at `addresses`, which must all be in one storage. An element has `size` bytes."""
         if not addresses.size:
             return
         first, last = int(addresses.min()), int(addresses.max())
@@ -199,7 +200,8 @@ class Touched:
     def by_name(self, named: list[tuple[str, Tensor]]) -> dict[str, int]:
         """Return the number of bytes in the set for each storage.
 
-        The key of a storage joins the names of its tensors. If a tensor is passed under several names, only the first is used.
+        The key of a storage in the returned dict joins the names of the tensors in the storage. If a tensor is passed under
+        several names, only the first is used.
         """
         names: dict[int, dict[int, str]] = defaultdict(dict)
         for name, x in named:
@@ -211,9 +213,9 @@ class Touched:
 
 
 class Meter(TorchDispatchMode):
-    """Records the traffic of kernel launches and PyTorch operators inside its context.
+    """Records the traffic of kernel launches and PyTorch operators inside a `with` block.
 
-    `given` contains the bytes of the arguments of the pass. `read` contains the bytes in `given` that the pass has read.
+    `given` is the set of bytes of the arguments of a forward or backward pass. `read` is the subset that the pass has read.
     """
 
     def __init__(self, given: list[Tensor]) -> None:
@@ -277,7 +279,7 @@ class Meter(TorchDispatchMode):
 
 @contextmanager
 def metered(given: list[Tensor], arch: str, split: bool) -> Iterator[Meter]:
-    """Record the traffic of the pass that runs inside the block.
+    """Yield a Meter that records the traffic of the forward or backward pass in the `with` block.
 
     `given` contains the arguments of the pass. `arch` and `split` are as in `measure`.
     """

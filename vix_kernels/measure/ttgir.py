@@ -30,7 +30,7 @@ SCALAR = INFIX.keys() | CASTS | {"arith.minsi", "arith.maxsi", "arith.cmpi", "ar
 
 @dataclass(frozen=True)
 class Op:
-    """A TTGIR operation. `loop` is the index in Reader.loops of the innermost loop that contains it, or 0 if none does."""
+    """A TTGIR operation. `loop` is the index in Reader.loops of the innermost loop around it, or 0 outside all loops."""
 
     name: str
     text: str
@@ -58,7 +58,7 @@ class Op:
 
     @property
     def is_exponential(self) -> bool:
-        """Whether this is the exponential of a tile. Vectors, such as the factors that rescale sums, do not count."""
+        """Whether this is the exponential of a tile. Exponentials of vectors do not count."""
         named = self.name in ("math.exp2", "math.exp") or ("asm" in self.name and "ex2" in self.text) or "exp2" in self.name
         return named and bool(self.shapes) and len(self.shapes[-1]) > 1
 
@@ -80,9 +80,9 @@ class Loop:
         multiply_adds: number of multiply-adds of these products.
         logits: number of elements, per iteration, of the products from which exponentials are computed. If there are no such
             products, the number of elements of the exponentials.
-        values: number of elements per iteration, for loops without logits. For features max(product, 0), these are the elements
-            of the products. Otherwise, they are the elements of the largest product that is not accumulated over iterations. If
-            there is no such product, they are the elements of the largest operand of a product.
+        values: for loops without logits, the number of elements per iteration of the products to which max(product, 0) is
+            applied. If there are none, the number of elements of the largest product that is not accumulated over iterations.
+            If all products are accumulated, the number of elements of the largest operand of a product.
     """
 
     trips: str

@@ -5,14 +5,14 @@ examples:
   vix dev tune --kernel broadcast_tokens --seconds 60
   vix dev tune --dry-run                           smoke test: one key in Triton's interpreter, with meaningless times
 
-A key is a kernel, an element size in bits and a head width. A tile is a launch configuration. The search starts from the
-current tile of a key and changes one field at a time. It keeps a change if the new tile is faster, and ends when no single
-change gives a faster tile. A tile is rejected ("refused" in the output) if the kernel does not launch, if the results differ
-from those of the current tile, or if a launch spills more registers than any launch with the current tile.
+A key is a kernel, an element size in bits and a head width. The search starts from the current configuration of a key and
+changes one field at a time. It keeps a change if the new configuration is faster, and ends when no single change gives a faster
+configuration. A configuration is rejected ("refused" in the output) if the kernel does not launch, if the results differ from
+those of the current configuration, or if a launch spills more registers than any launch with the current configuration.
 
 The command prints one line per key, then the entries for OVERRIDES in vix_kernels/_triton/launch_table.py. Review the entries,
-add them to that file by hand, and run `vix dev compile-report` before you commit. The output file is rewritten after every key.
-It contains all proposals and all rejected tiles.
+add them to that file by hand, and run `vix dev compile-report` before you commit. The JSON file (--output) is rewritten after
+every key. It contains all proposals and all rejected configurations.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ from .timing import device_time
 
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
 LIMITS = {"slots": (16, 128), "tokens": (8, 256), "num_warps": (1, 8), "num_stages": (1, 4)}
-GAIN = 0.98  # a tile is faster if it takes less than this fraction of the best time; smaller gains are noise
+GAIN = 0.98  # a configuration is faster if its time is below this fraction of the best time; smaller gains are noise
 
 
 @dataclass
 class Proposal:
     """The result for one key.
 
-    `use` names the operator and direction of the timed call, which launches the kernel. `present` is the current tile, and
-    `tried` is the number of other tiles that were tried. Times are in milliseconds.
+    `use` names the operator and direction of the timed call, which launches the kernel. `present` is the current configuration,
+    and `tried` is the number of different configurations that were tried. Times are in milliseconds.
     """
 
     key: Key
@@ -61,7 +61,7 @@ class Proposal:
     best: Tile
     best_ms: float
     tried: int = 0
-    refused: list[str] = field(default_factory=list)  # rejected tiles, each with the reason
+    refused: list[str] = field(default_factory=list)  # rejected configurations, each with the reason
 
     @property
     def better(self) -> bool:
@@ -77,13 +77,13 @@ class Proposal:
 
 
 def trial(key: Key, tile: Tile) -> AbstractContextManager[None]:
-    """Make launches of `key` use `tile` inside the block."""
+    """Inside the `with` block, use `tile` for launches that look up `key`."""
     return conditions.under(tiles={**conditions.current.tiles, key: tile})
 
 
 @contextmanager
 def lookups() -> Iterator[dict[Key, None]]:
-    """Yield a dictionary of the keys that launches inside the block look up. The latest key comes last."""
+    """Yield a dict that collects the launch-table keys looked up inside the `with` block. The latest key comes last."""
     asked: dict[Key, None] = {}
 
     def note(key: Key) -> None:
@@ -96,7 +96,10 @@ def lookups() -> Iterator[dict[Key, None]]:
 
 @contextmanager
 def spills() -> Iterator[list[int]]:
-    """Yield a list with the number of registers that each launch inside the block spills. It is empty in the interpreter."""
+    """Yield a list that collects the number of spilled registers of each launch in the `with` block.
+
+    In the interpreter, the list stays empty.
+    """
     counts: list[int] = []
     if interpreted():
         yield counts
@@ -136,7 +139,7 @@ def neighbours(tile: Tile) -> Iterator[Tile]:
 
 
 class Bench:
-    """One operator and direction at one size. `run` uses the current launch configurations."""
+    """Runs one operator in one direction at one size, with the current launch configurations."""
 
     def __init__(self, spec: OpSpec, direction: str, case: Case, bits: int, device: str) -> None:
         self.use = f"{spec.name}, {'forward' if direction == 'forward' else 'forward and backward'}"
@@ -159,8 +162,7 @@ class Bench:
     def agrees(self, expected: Iterable[Tensor]) -> bool:
         """Return whether the results equal `expected` up to the rounding errors of a different order of summation.
 
-        The relative tolerance is twice the machine epsilon of the dtype, and at least the error of float32 sums over thousands
-        of terms.
+        The relative tolerance is the larger of 1e-5 and twice the machine epsilon of the dtype.
         """
         tolerance = max(2 * torch.finfo(self.dtype).eps, 1e-5)
         return all(
@@ -169,7 +171,10 @@ class Bench:
 
 
 def tune_key(bench: Bench, arch: str, key: Key, deadline: float) -> Proposal:
-    """Move from the current tile of `key` to faster neighbors, until no neighbor is faster or the deadline has passed."""
+    """Search for a faster configuration for `key`, and return the result.
+
+    The search moves from the current configuration to faster neighbors, until no neighbor is faster or the deadline has passed.
+    """
     present = present_tile(arch, key)
     with spills() as spilled:
         expected = bench.run()
@@ -190,7 +195,7 @@ def tune_key(bench: Bench, arch: str, key: Key, deadline: float) -> Proposal:
                         if not bench.agrees(expected):
                             raise ValueError("different results")
                     if max(spilled, default=0) > allowed:
-                        raise ValueError(f"spills {max(spilled)} registers, the current tile {allowed}")
+                        raise ValueError(f"spills {max(spilled)} registers, the current configuration {allowed}")
                     milliseconds = device_time(bench.run).median
             except Exception as error:  # Triton, the assembler and the driver raise many types of errors
                 found.refused.append(f"{tile}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
@@ -234,7 +239,7 @@ def users(arch: str, width: int, bits: int, device: str) -> list[tuple[set[Key],
 def tune(keys: Iterable[Key], arch: str, device: str, deadline: float) -> Iterator[Proposal]:
     """Yield a proposal for each key until the deadline.
 
-    Each kernel is timed in a Bench that launches it. If there are several, the Bench that looks up the fewest keys is used.
+    Each key is timed in the Bench that looks up this key and the fewest other keys. Keys without a Bench are skipped.
     """
     for key in keys:
         _, bits, width = key

@@ -1,4 +1,4 @@
-"""Core and module of agent attention."""
+"""Agent attention, as a core (see core.py) and as a module."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .module import AttentionModule
 class Agent(PrefixCore):
     """Agent attention (Han et al., arXiv 2312.08874). Agents are means of queries over segments or grid cells.
 
-    The queries are averaged before the rotary embedding is applied to them.
+    The queries are averaged before the rotary embedding is applied.
 
     Attributes:
         num_agents: number of agents for the tokens after the prefix, limited to the number of these tokens.

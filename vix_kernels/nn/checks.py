@@ -28,7 +28,10 @@ def check_rate(name: str, rate: Any) -> None:
 
 
 def check_placement(name: str, count: int, grid_size: tuple[int, int] | None, prefix_tokens: int) -> None:
-    """Check the number of landmarks or agents (the argument `name`) and the arguments that place them."""
+    """Check `count`, the number of landmarks or agents, and the arguments that place them.
+
+    `name` is the name of `count` in error messages.
+    """
     check_integer(name, count, 1)
     check_integer("prefix_tokens", prefix_tokens, 0)
     if grid_size is not None and min(check_grid(grid_size)) < 1:
@@ -46,7 +49,7 @@ def check_tokens(x: Tensor, dim: int, first: nn.Module | None = None) -> None:
 
 
 def check_call_grid(grid_size: tuple[int, int], tokens: int) -> None:
-    """Check that a grid of `grid_size` has `tokens` cells, one for each token after the prefix."""
+    """Check that height * width of `grid_size` equals `tokens`, the number of tokens after the prefix."""
     rows, columns = check_grid(grid_size)
     if rows < 1 or columns < 1 or rows * columns != tokens:
         raise ValueError(f"grid_size: expected height * width = {tokens} tokens after the prefix, got {grid_size}")

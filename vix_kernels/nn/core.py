@@ -2,8 +2,8 @@
 
 A core is a frozen dataclass with the options of one attention method. It declares the state of the method, such as parameters,
 and computes the attention. Many modules contain a core, such as the timm-style module in nn/module.py and the attention layers
-of the models in models/ (the "zoo"). These modules accept any core without referring to it by name, so a registered core works
-in all of them:
+of the models in models/ (the "zoo"). These modules accept any core without referring to it by name, so they also support new
+cores. For example, this code adds a core:
 
     @register("efficient")
     @dataclass(frozen=True)
@@ -86,8 +86,8 @@ class Mixer:
     Attributes:
         name: the name under which the mixer is registered.
         prefix_tokens, grid_size: placement of the slots (landmarks or agents), for mixers that pool tokens into slots.
-        presets: defaults that override the defaults of the fields. "zoo" applies to models in models/. "host" applies to host
-            models, that is, to models whose softmax attention is replaced.
+        presets: overrides of the field defaults. The key "zoo" is for models in models/, and the key "host" is for host models,
+            whose softmax attention is replaced.
         sited: names of options whose values come from the Site. Models in models/ do not accept these options.
         has_extra_state: whether modules with this mixer have extra state (see extra_state, load_extra_state).
         for_hosts: whether this mixer can replace softmax attention in a host model.
@@ -105,7 +105,7 @@ class Mixer:
 
     @classmethod
     def made(cls: type[Some], preset: str, **options: Any) -> Some:
-        """Create a mixer with the defaults of a preset, overridden by `options`."""
+        """Create a mixer with the options of a preset, overridden by `options`."""
         return cls(**cls.presets.get(preset, {}) | options)
 
     @classmethod
@@ -113,7 +113,10 @@ class Mixer:
         return [each.name for each in sorted(fields(cls), key=lambda each: each.kw_only)]
 
     def accepts(self) -> frozenset[str]:
-        """Return which of rope, key_padding_mask, attn_mask, dropout, causal, cross, cu_seqlens and group are supported."""
+        """Return the names of the supported arguments.
+
+        The names are a subset of rope, key_padding_mask, attn_mask, dropout, causal, cross, cu_seqlens and group.
+        """
         return frozenset({"rope", "key_padding_mask"})
 
     def reason(self, argument: str) -> str:
@@ -149,7 +152,7 @@ class Mixer:
         return self
 
     def in_layer(self: Some, layer: int) -> Some:
-        """Return this mixer adapted to the layer with index `layer`. Random features should differ between layers."""
+        """Return this mixer adapted to the layer with index `layer`, for example with a different seed."""
         return self
 
     def on_grid(self: Some, size: tuple[int, int]) -> Some:
@@ -169,7 +172,7 @@ class Mixer:
         return {}
 
     def redraw(self, module: nn.Module) -> None:
-        """Draw new random features. Does nothing if the mixer has none."""
+        """Draw new random features, if the mixer has any."""
 
     def extra_state(self, module: nn.Module) -> Tensor:
         raise NotImplementedError
@@ -209,7 +212,7 @@ class Core(Mixer):
         return None
 
     def exact_rows(self, tokens: Tokens) -> int:
-        """Return how many leading queries use exact softmax attention.
+        """Return the number of leading queries that use exact softmax attention.
 
         Returns 0 unless queries and keys come from the same tokens.
         """
@@ -245,7 +248,7 @@ class PrefixCore(Core):
     """Base class of cores that can use exact softmax attention for the first tokens (see ops/exact.py).
 
     Attributes:
-        exact_prefix: how many leading tokens use exact softmax attention. True means all class and register tokens of the
+        exact_prefix: number of leading tokens that use exact softmax attention. True means all class and register tokens of the
             model, or none if their number is unknown. Defaults to True in host models, and to False elsewhere.
     """
 

@@ -1,4 +1,4 @@
-"""Dropout module."""
+"""Dropout with a faster implementation for CPUs."""
 
 from __future__ import annotations
 

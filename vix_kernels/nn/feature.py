@@ -1,4 +1,4 @@
-"""Core and module of attention with learned features."""
+"""Attention with learned features, as a core (see core.py) and as a module."""
 
 from __future__ import annotations
 

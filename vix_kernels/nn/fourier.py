@@ -1,4 +1,4 @@
-"""Core and module of Fourier mixing."""
+"""Fourier mixing (FNet), as a mixer (see core.py) and as a module."""
 
 from __future__ import annotations
 

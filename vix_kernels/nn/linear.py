@@ -1,4 +1,4 @@
-"""Core and module of linear attention."""
+"""Linear attention, as a core (see core.py) and as a module."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from .module import AttentionModule
 class Linear(Core):
     """Linear attention with an elementwise feature map of q and k.
 
-    `scale` is ignored. With relu, it would only change the influence of eps. With elu, training adapts to the unscaled q and k.
+    `attend` ignores `scale`. With relu, a scale would only change the influence of eps. With elu, training adapts to the
+    unscaled q and k.
 
     Attributes:
         feature_map: "relu" or "elu" (elu + 1).

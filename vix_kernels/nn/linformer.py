@@ -1,4 +1,4 @@
-"""Core and module of Linformer attention."""
+"""Linformer attention, as a core (see core.py) and as a module."""
 
 from __future__ import annotations
 
@@ -73,12 +73,12 @@ class Linformer(PrefixCore):
     def attend_tokens(
         self, module: nn.Module, x: Tensor, maps: nn.Linear, *, scale: float, rope: Rope | None, tokens: Tokens, backend: str
     ) -> Tensor | None:
-        """Return the attention output for x, which is projected along the token axis before the key and value layers.
+        """Return the attention output for x. First project x along the token axis, then apply the key and value layers.
 
         This order does not change the result, because (E^T x) W = E^T (x W). It is faster if there are fewer slots than tokens.
 
-        Returns None with a rotary embedding or an exact prefix, which need the keys of all tokens. Also returns None if each
-        head has a separate projection, because x would be projected once for each head.
+        Returns None with a rotary embedding or `exact_prefix`, which need the keys of all tokens. Also returns None with
+        `per_head`, because x would be projected once for each head.
         """
         if self.per_head or rope is not None or self.exact_rows(tokens):
             return None

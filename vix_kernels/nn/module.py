@@ -20,7 +20,7 @@ from .packed_linear import packed_linear
 class MixerModule(Mounted):
     """Base class for modules that contain a mixer, such as attention modules.
 
-    Subclasses create their parameters and then call `mount` to register the core's state.
+    Subclasses create their parameters and then call `mount` to register the mixer's state.
 
     Attributes:
         core: the mixer, adapted to `site`.
@@ -47,7 +47,7 @@ class MixerModule(Mounted):
         return self.core if self.core.grid_size is None else self.core.on_grid(grid_size)
 
     def refuse(self, attn_mask: Tensor | None, is_causal: bool, rope: Rope | None, tokens: Tokens) -> None:
-        """Raise NotImplementedError for an argument that the core does not support."""
+        """Raise NotImplementedError if the core does not support one of the given arguments."""
         self.core.refuse(
             rope=rope, attn_mask=attn_mask, key_padding_mask=tokens.key_padding_mask, cu_seqlens=tokens.cu_seqlens,
             group=tokens.group,
@@ -62,8 +62,8 @@ class MixerModule(Mounted):
 class AttentionModule(MixerModule):
     """Multi-head attention with any core (see nn/core.py) and the linear layers of timm's `Attention`.
 
-    The parameters and the arguments from `dim` to `norm_layer` are named as in timm. timm's `Attention` has more arguments
-    between them, so pass the arguments after `num_heads` by keyword.
+    The parameters and the arguments from `dim` to `norm_layer` are named as in timm. timm's `Attention` has additional
+    arguments in between, so pass the arguments after `num_heads` by keyword.
 
     Args:
         core: an instance of a Core subclass, which computes the attention.
@@ -131,7 +131,7 @@ class AttentionModule(MixerModule):
                 key. A float mask is added to the logits. Linear-cost cores do not support attn_mask, because they do not
                 compute logits for pairs of tokens.
             is_causal: must be False unless the core supports causal attention. No core of this library does.
-            key_padding_mask: bool (batch, tokens), True = valid. Padded tokens are replaced by 0.
+            key_padding_mask: bool (batch, tokens), True = valid. Padded tokens of x are read as 0.
             rope: rotary embedding of q and k.
             cu_seqlens, group: start offsets of packed samples, and the process group across which the tokens are sharded.
                 Neither is supported yet.

@@ -1,4 +1,4 @@
-"""Core and module of Nystrom attention."""
+"""Nystrom attention, as a core (see core.py) and as a module."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .module import AttentionModule
 @register("nystrom")
 @dataclass(frozen=True)
 class Nystrom(PrefixCore):
-    """Nystrom attention. Landmarks are means over segments or grid cells.
+    """Nystrom attention. Landmarks are means of queries and of keys over segments or grid cells.
 
     Attributes:
         num_landmarks: number of landmarks for the tokens after the prefix, limited to the number of these tokens.
@@ -27,8 +27,8 @@ class Nystrom(PrefixCore):
             treated like the other tokens.
         grid_size: for "grid", the (height, width) of the grid that the tokens after the prefix form. Defaults to the model's
             grid.
-        prefix_tokens: number of leading tokens (class and register tokens). Each of them is a separate
-            landmark. If grid_size comes from the model, so does prefix_tokens.
+        prefix_tokens: number of leading tokens (class and register tokens). Each of them is a separate landmark. If grid_size
+            defaults to the model's grid, prefix_tokens is the model's number of class and register tokens.
         pinv_iterations, pinv_init: as in nystrom_attention.
         residual_conv_kernel: odd kernel size of a depthwise convolution of v over the tokens. Its result is added to the
             output. If 0, there is no convolution.

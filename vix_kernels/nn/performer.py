@@ -1,4 +1,4 @@
-"""Core and module of Performer attention."""
+"""Performer attention, as a core (see core.py) and as a module."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .module import RedrawnAttentionModule
 
 
 class Derived(NamedTuple):
-    """The random features of Performer attention, for calls without a module."""
+    """The random features of Performer attention. `Performer.attend` accepts this tuple in place of a module."""
 
     projection: Tensor
 
@@ -31,7 +31,7 @@ class Performer(PrefixCore):
     """Performer attention (FAVOR+) with random features.
 
     Attributes:
-        num_features: number of random features, M. Defaults to int(head_dim * ln(head_dim)), as published.
+        num_features: number of random features, M. Defaults to int(head_dim * ln(head_dim)).
         seed: seed of the random features, 0 to 4095. In a model, the index of the layer is added to it.
     """
 
@@ -110,7 +110,7 @@ class PerformerAttention(RedrawnAttentionModule):
     """Performer attention (FAVOR+) with linear layers named as in timm's `Attention` (`qkv`, `proj`).
 
     Args:
-        num_features: number of random features, M. Defaults to int(head_dim * ln(head_dim)), as published.
+        num_features: number of random features, M. Defaults to int(head_dim * ln(head_dim)).
         seed: seed of the random features, 0 to 4095. It should differ between layers and must be the same on all ranks.
 
     For the other arguments, see AttentionModule.
@@ -143,7 +143,7 @@ class PerformerAttention(RedrawnAttentionModule):
 def random_features(q: Tensor, num_features: int, seed: int) -> Tensor:
     """Return random features from `orthogonal_projection` for q's head_dim, on q's device.
 
-    They are drawn once per process and cached.
+    The features are drawn once per process and cached.
     """
     if torch.compiler.is_dynamo_compiling():
         return torch.ops.vix_kernels.random_features(q.detach(), num_features, seed)

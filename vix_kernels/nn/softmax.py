@@ -1,4 +1,4 @@
-"""Core and module of softmax attention."""
+"""Softmax attention, as a core (see core.py) and as a module."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def _softmax(logits: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def check_agents(agents: Tensor, mask: Tensor | None, q: Tensor) -> None:
-    """Check that agents (B, H, A, D) match q's shape, dtype and device. Also check their mask, bool (B, A)."""
+    """Check that agents (B, H, A, D) have q's batch size, heads, width, dtype and device. Also check `mask`, bool (B, A)."""
     batch, heads, _, width = q.shape
     check_tensor("agents", agents)
     if agents.dim() != 4 or agents.shape[2] == 0 or (*agents.shape[:2], agents.shape[3]) != (batch, heads, width):

@@ -46,8 +46,8 @@ def with_exact_rows_reference(
 def first_queries(q: Tensor, count: int, rope: Rope | None, mask: Tensor | None) -> Tensor:
     """Return the first `count` queries, after the rotary embedding.
 
-    If there are as many queries as keys, padded queries are replaced by 0. The gradients of keys are sums over queries, so a
-    NaN in a padded query would otherwise reach them.
+    If there are as many queries as keys, padded queries are replaced by 0. This keeps a NaN in a padded query from reaching the
+    gradients of the keys, which are sums over queries.
     """
     first = q[:, :, :count]
     if mask is not None and mask.shape[1] == q.shape[2]:

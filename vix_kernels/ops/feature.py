@@ -60,7 +60,8 @@ def feature_attention(
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
-        (batch, heads, queries, value_dim) in q's dtype. Differentiable in q, k, v, both features, the bias and rope.angles.
+        (batch, heads, queries, value_dim) in q's dtype. Differentiable in q, k, v, query_features, key_features, feature_bias
+        and rope.angles.
 
     Raises:
         ValueError, TypeError: an argument is invalid. The message names it and states the expected and the actual value.

@@ -29,7 +29,7 @@ def fourier_mixing(x: Tensor, *, norm: Literal["ortho"] | None = None, backend: 
 
     Args:
         x: (batch, tokens, channels), float16, bfloat16, float32 or float64. Views with last stride 1 are not copied.
-        norm: None for plain sums, as with norm="backward" in torch.fft, or "ortho" to divide them by sqrt(tokens * channels).
+        norm: None for plain sums, as with norm="backward" in torch.fft, or "ortho" for sums divided by sqrt(tokens * channels).
         backend: "auto", "triton", "torch" or "reference". For sizes at which a fast Fourier transform is expected to be
             faster than the matrix products in the kernels, even "triton" calls torch.fft. See MOST_WORK in primitives/dft.py.
 

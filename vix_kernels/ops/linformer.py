@@ -55,7 +55,8 @@ def linformer_attention(
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
-        (batch, heads, queries, value_dim) in q's dtype. Differentiable in q, k, v, both projections and rope.angles.
+        (batch, heads, queries, value_dim) in q's dtype. Differentiable in q, k, v, key_projection, value_projection and
+        rope.angles.
 
     Raises:
         ValueError, TypeError: an argument is invalid. The message names it and states the expected and the actual value.

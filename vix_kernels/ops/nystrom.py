@@ -9,9 +9,9 @@ approximate pseudo-inverse of the small matrix A:
 
     values = aggregate(q~, k, v)        out = broadcast(q, k~, Z values)
 
-Only backend="reference" stores the attention weights between tokens and landmarks. Z is the result of a few steps of a
-third-order iteration (equation 11 of the paper), six by default. In general, Z has not converged to the pseudo-inverse after
-these steps. It acts as a filter on the spectrum of A, and trained weights depend on this filter.
+Only backend="reference" stores the attention weights between tokens and landmarks. Z is computed with a few iterations of a
+third-order method (equation 11 of the paper), by default six. In general, Z has not converged to the pseudo-inverse after these
+iterations. It acts as a filter on the spectrum of A, and trained weights depend on this filter.
 """
 
 from __future__ import annotations
@@ -67,17 +67,17 @@ def nystrom_attention(
         landmarks: how tokens are grouped. Each landmark is the mean of one group.
             "segment": segments of the sequence. If num_landmarks does not divide the number of tokens, the first segments are
             one token shorter than the others.
-            "grid": cells of the (height, width) grid `grid_size`, as in adaptive average pooling. Of all cell layouts with
-            rows * columns = num_landmarks, the one whose cells are closest to square is used. On images, "grid" is much
-            more accurate than "segment".
+            "grid": cells of the grid that the tokens form, as in adaptive average pooling. The grid is divided into
+            num_landmarks cells, which are as close to square as possible. num_landmarks must equal rows * columns with rows <=
+            height and columns <= width. On images, "grid" is much more accurate than "segment".
             "pad_front": like "segment", but all-zero tokens are first added at the front until num_landmarks divides the number
             of tokens. Without a mask, queries also attend to these tokens. Use this option for weights from the
             nystrom-attention package.
         grid_size: for "grid", the (height, width) of the grid that the tokens after the prefix form.
-        prefix_tokens: number of leading tokens (class and register tokens). Each is a separate landmark, in addition to
-            num_landmarks. Not supported for "pad_front".
+        prefix_tokens: number of leading tokens (class and register tokens). Each of them is an additional, separate landmark.
+            Not supported for "pad_front".
         pinv_iterations: number of iterations for the pseudo-inverse. Use the number with which the weights were trained.
-        pinv_init: how to choose s for the iteration's first matrix, A^T / s. "exact": the largest column sum of each A.
+        pinv_init: how to choose s in the initial matrix A^T / s. "exact": the largest column sum of each A.
             "original": the largest column sum over all heads and samples, so that the output of a sample depends on the rest of
             the batch. Use "original" for weights trained with Nystromformer's published code.
         conv_weight: (heads, 1, taps, 1), the weight of a depthwise Conv2d over the tokens of v. The number of taps must be odd.

@@ -123,7 +123,7 @@ def orthogonal_projection(
     Args:
         num_features: M, the number of rows.
         head_dim: D, the number of columns. The rows of each block of D rows are orthogonal. The last block may be smaller.
-        seed: seed of the random numbers. The same seed produces the same features on every rank and device and in every run.
+        seed: seed of the random numbers. The same seed produces the same features on every rank and in every run.
         num_heads: number of heads with separate features. If None, all heads share one set of features.
         scaling: "chi": the rows have the same length distribution as Gaussian vectors. "sqrt": their length is sqrt(D).
 

@@ -14,7 +14,7 @@ from .checks import check_integer
 
 
 def pooling(name: str, count: int, grid_size: tuple[int, int] | None, prefix_tokens: int, tokens: int) -> dict[str, Any]:
-    """Return the arguments of `primitives.landmarks` that pool tokens into `count` means.
+    """Return the keyword arguments for `primitives.landmarks` to pool tokens into `count` means.
 
     Without a grid, tokens after the prefix are pooled over segments of the sequence. With a grid, they are pooled over `count`
     grid cells that are as close to square as possible. Each prefix token becomes an additional, separate mean.
@@ -74,7 +74,11 @@ def _split(name: str, count: int, rows: int, columns: int) -> tuple[int, int]:
 def pooled_queries(
     q: Tensor, num_agents: int, *, grid_size: tuple[int, int] | None, prefix_tokens: int, mask: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Return means of queries (batch, heads, agents, head_dim), and the number of valid tokens in each mean (batch, agents)."""
+    """Pool queries into agents (see `pooling`).
+
+    Returns:
+        The agents (batch, heads, agents, head_dim), and the number of valid queries in each agent (batch, agents).
+    """
     pool = pooling("num_agents", num_agents, grid_size, prefix_tokens, q.shape[2])
     backend = backends.resolve(backend, q, q.shape[3])
     if backend == "reference":

@@ -2,9 +2,9 @@
 
     u' = u cos(theta) - v sin(theta)        v' = u sin(theta) + v cos(theta)        theta_{t,i} = t base^(-2i / R)
 
-The equations rotate every pair (u, v) of the first R channels of a query or key at position t. rope_axial and rope_mixed use
-different angles. The tables of cosines and sines are float32, even for 16-bit tokens. rope_1d and rope_axial compute them in
-float64 and then round them to float32.
+The equations rotate pair i of the channels, (u, v), of a query or key at position t. Only the first R channels form pairs.
+rope_axial and rope_mixed use different angles. The tables of cosines and sines are float32, even for 16-bit tokens. rope_1d and
+rope_axial compute the tables in float64 and then round them to float32.
 """
 
 from __future__ import annotations
@@ -112,12 +112,12 @@ class Rope:
 
     @property
     def differentiable(self) -> Rotary:
-        """The tables for reference implementations, computed from `angles` unless it is None."""
+        """The tables for reference implementations. They are computed from `angles`, unless it is None."""
         cos, sin = (self.cos, self.sin) if self.angles is None else (self.angles.cos(), self.angles.sin())
         return Rotary(cos, sin, self.interleaved)
 
     def to(self, device: torch.device | str) -> Rope:
-        """Return the same rotation on `device`."""
+        """Return this Rope with its tensors on `device`."""
         angles = None if self.angles is None else self.angles.to(device)
         rope = Rope(self.cos.to(device), self.sin.to(device), self.layout, angles)
         return rope if self.remake is None else rope._with(partial(_moved, self.remake, device))
@@ -136,7 +136,7 @@ def rope_1d(
     prefix_tokens: int = 0,
     device: torch.device | str | None = None,
 ) -> Rope:
-    """Return the Rope for a sequence, with angles t * base^(-2i / dim) for positions t = 0 .. tokens - 1.
+    """Return the Rope for a sequence, with angles t * base^(-2i / dim) for positions t < tokens and channel pairs i < dim / 2.
 
     Args:
         tokens: number of tokens, without the prefix.
@@ -190,7 +190,7 @@ def rope_axial(
 
 
 def rope_mixed(height: int, width: int, frequencies: Tensor, *, layout: Layout = "interleaved", prefix_tokens: int = 0) -> Rope:
-    """Return the Rope for a grid of tokens, with learned directions for each head (RoPE-Mixed, arXiv 2403.13298, equation 11).
+    """Return the Rope for a grid of tokens, with learned frequencies for each head (RoPE-Mixed, arXiv 2403.13298, equation 11).
 
     theta_{h,i} = x w^x_{h,i} + y w^y_{h,i}, where x is the column of the token and y is its row. Both start at 0.
 
@@ -227,7 +227,7 @@ def rope_mixed_frequencies(dim: int, num_heads: int, *, seed: int, base: float =
     Args:
         dim: R, the number of rotated channels, a multiple of 4.
         num_heads: number of heads.
-        seed: seed of the random numbers. The same seed produces the same angles on every rank and device.
+        seed: seed of the random numbers. The same seed produces the same frequencies on every rank.
         base: the magnitudes of the frequencies are base^(-4i / dim) for i < dim / 4.
 
     Returns:

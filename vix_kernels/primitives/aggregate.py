@@ -6,8 +6,8 @@ If gaussian is set, the bias of a key is b_n = -|scale k_n|^2 / 2, so exp(l_jn) 
 Otherwise the bias is 0. A masked key has b_n = -inf and is read as 0, even if it is NaN. A slot without valid keys has values 0
 and lse -inf. With RoPE, keys are rotated first.
 
-lse is in base 2, because the kernels use exp2. The operator also returns row_max and total. row_max_j is the largest logit
-of slot j, in base 2, and total_j = sum_n exp(l_jn) / 2^row_max_j, so lse_j = row_max_j + log2 total_j. The backward pass
+lse is in base 2, because the kernels use exp2. The registered operator also returns row_max and total. row_max_j is the largest
+logit of slot j, in base 2, and total_j = sum_n exp(l_jn) / 2^row_max_j, so lse_j = row_max_j + log2 total_j. The backward pass
 recomputes the probabilities from row_max and total, because float32 loses the fractional bits of a large lse.
 """
 
@@ -70,7 +70,7 @@ def aggregate_reference(
     mask: Tensor | None = None,
     rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Evaluate the equations with all N x M logits in memory."""
+    """Return values and lse of `aggregate`, computed with all N x M logits in memory."""
     if mask is not None:
         valid = mask[:, None, :, None]
         k, v = torch.where(valid, k, 0.0), torch.where(valid, v, 0.0)

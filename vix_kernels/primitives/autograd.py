@@ -15,8 +15,8 @@ Gradients = tuple[Tensor | None, ...]
 def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
     """Decorate `backward(ctx, saved, *gradients)` so that differentiating its results raises an error.
 
-    `saved` is ctx.saved_tensors. PyTorch's decorator of the same name raises an error only if an incoming gradient requires a
-    gradient. However, the results also depend on the saved tensors. With PyTorch's decorator, the derivative of g in
+    `saved` is ctx.saved_tensors. PyTorch's decorator of the same name raises an error only if an incoming gradient has
+    requires_grad=True. However, the results also depend on the saved tensors. With PyTorch's decorator, the derivative of g in
     `g, = grad(op(x).sum(), x, create_graph=True)` would silently be lost.
     """
 

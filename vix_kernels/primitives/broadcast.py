@@ -65,9 +65,10 @@ def with_rows(out: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def split_gradient(dout: Tensor, rows: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
-    """Compute the backward pass of `with_rows`: return the gradient of `rows` in `dtype`, and dout with 0 in these rows.
+    """Compute the backward pass of `with_rows`.
 
-    If the number of rows is 0, the first result is None.
+    Return the first `rows` rows of dout in `dtype`, and dout with these rows set to 0. If `rows` is 0, the first result is
+    None.
     """
     if not rows:
         return None, dout
@@ -94,7 +95,7 @@ def broadcast_reference(
     scale: float,
     rotary: Rotary | None = None,
 ) -> Tensor:
-    """Evaluate the equation with all N x M logits in memory."""
+    """Return the output of `broadcast` without `rows`, computed with all N x M logits in memory."""
     if rotary is not None:
         q = rotate_reference(q, rotary)
     logits = scale * q @ slots.to(q.dtype).mT

@@ -3,8 +3,8 @@
     y_ab = sum_nd x_nd cos(2 pi (an / N + bd / D))
 
 The matrix of this linear map is symmetric, so the backward pass applies the same map and needs no saved tensor. Half of the
-result is redundant, because y at (-a, -b) equals y at (a, b), with indices modulo N and D. Half of the input is also redundant,
-because y depends only on the sums of x at (n, d) and x at (-n, -d).
+result is redundant, because y(-a, -b) = y(a, b), with indices modulo N and D. Half of the input is also redundant, because y
+depends only on the sums x(n, d) + x(-n, -d).
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
 
 Tokens are independent of each other, so each tile of tokens goes through all steps while it is in the cache. Plain PyTorch
 would write every intermediate tensor for all tokens to memory. In addition to the parameters, only x, the dropout masks and the
-factors are saved for the backward pass. It recomputes the normalization, the first linear layer and the activation.
+factors are saved for the backward pass. The backward pass recomputes the normalization, the first linear layer and the
+activation.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ def feed_forward(
     factors: Tensor | None = None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Evaluate the equation. The layer norm and the sum with the residual are computed in x's dtype.
+    """Apply a layer norm and an MLP to x, and add the residual. The layer norm and the sum are computed in x's dtype.
 
     Args:
         x: (..., C), on the CPU.
-        residual: a tensor with the shape of x. If None, n is the residual.
+        residual: a tensor with the shape of x. If None, the output n of the layer norm is the residual.
         norm: weight, bias and eps of the layer norm. If None, there is no layer norm, so n = x.
         weights: W1 (hidden, C), b1, W2 (C, hidden) and b2.
         activation: "gelu" or "hardswish".
         p: dropout probability. The scaling of the kept elements by 1 / (1 - p) is folded into W2 and b2.
-        factors: (..., 1), one factor per token for the second term of y. If None, the factors are 1.
+        factors: (..., 1), one factor per token for the output of the MLP. If None, the factors are 1.
         dtype: dtype of the linear layers, the activation and the dropout.
 
     Returns:

@@ -41,12 +41,12 @@ def landmarks(
     rotary: Rotary | None = None,
     backend: str = "torch",
 ) -> tuple[Tensor, ...]:
-    """Return the landmarks of q and, if k is given, of k. One kernel launch computes both.
+    """Return the landmarks of q and, if k is given, of k. With Triton, one kernel launch computes both.
 
     Args:
         q: (batch, heads, N, D). Views with last stride 1 are not copied.
         k: (batch, heads, N', D) in q's dtype, or None. N' may differ from N only if rows = 1 and rotary is None.
-        prefix: number of leading tokens. Each of them is a landmark.
+        prefix: number of leading tokens that are landmarks themselves.
         rows: number of rows of the grid that the other tokens form, or 1 if they form a plain sequence.
         mark_rows, mark_columns: size of the grid of landmarks, at most the size of the grid of tokens.
         adaptive: whether to use the windows of adaptive pooling. If not, windows are segments.
@@ -80,11 +80,12 @@ def landmarks_reference(
     k_mask: Tensor | None = None,
     rotary: Rotary | None = None,
 ) -> tuple[Tensor, ...]:
-    """Evaluate the equations: gather the tokens of each window, sum them, and divide by the counts.
+    """Return the same results as `landmarks`, computed in plain PyTorch.
 
-    Slicing each window separately would add hundreds of nodes to an exported graph. If the number of tokens is dynamic, that
-    graph would also be wrong for all lengths except the example's. A product with a matrix of windows would multiply the tokens
-    outside a window by 0. The result would be NaN if such a token were not finite.
+    The function gathers the tokens of each window, sums them, and divides by the counts. Slicing each window separately would
+    add hundreds of nodes to an exported graph. With a dynamic number of tokens, that graph would be correct only for the length
+    of the example input. A product with a matrix of windows would multiply the tokens outside a window by 0. The result would
+    be NaN if such a token were not finite.
     """
 
     def window_sums(x: Tensor, axis: int, count: int) -> Tensor:

@@ -39,7 +39,7 @@ def linear_aggregate(
     rotary: Rotary | None = None,
     backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
-    """Return S and z: the sums of the values, weighted by the features of the keys, and the sums of the features.
+    """Return S, the sums of the values weighted by the features of the keys, and z, the sums of these features.
 
     Args:
         slots: (batch or 1, heads or 1, M, D), in k's dtype or float32. If None, phi is applied to the channels, so M = D.
@@ -72,7 +72,7 @@ def linear_broadcast(
     rotary: Rotary | None = None,
     backend: str = "torch",
 ) -> Tensor:
-    """Return the output of each query: the sum of f_nj S_j over all slots, divided by the denominator.
+    """Return the output of each query n: sum_j f_nj S_j / (sum_j f_nj z_j + eps).
 
     Args:
         q: (batch, heads, queries, D). Views with last stride 1 are not copied.
@@ -100,7 +100,7 @@ def linear_aggregate_reference(
     mask: Tensor | None = None,
     rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Evaluate the equations with all N x M features in memory."""
+    """Return S and z of `linear_aggregate`, computed with all N x M features in memory."""
     valid = None if mask is None else mask[:, None, :, None]
     if valid is not None:
         k, v = torch.where(valid, k, 0.0), torch.where(valid, v, 0.0)
@@ -120,7 +120,7 @@ def linear_broadcast_reference(
     eps: float,
     rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Evaluate the equation. Return out and its denominator, (batch, heads, queries)."""
+    """Return the output of `linear_broadcast`, and its denominator (batch, heads, queries)."""
     features = _features_reference(q, slots, feature_map, rotary)
     total = (features @ norms[..., None]).squeeze(-1) + eps
     return (features @ sums / torch.where(total == 0, 1.0, total)[..., None]).to(q.dtype), total

@@ -3,12 +3,13 @@
     A = softmax(scale q~ k~^T)        Z_0 = A^T / s        out = Z_T values
     X_t = A Z_t        Z_{t+1} = 1/4 Z_t (13 I - X_t (15 I - X_t (7 I - X_t)))
 
-A landmark that averages no token is masked. It is treated as 0, even if it is NaN. Its row of A (for q~) or column of A (for
-k~) is 0. The corresponding column or row of Z is 0 in every step, so the rest of Z is the same as without this landmark.
+q~ and k~ are the landmarks of queries and keys. A landmark without valid tokens is treated as 0, even if it is NaN. Its row of
+A (for q~) or column of A (for k~) is 0. The corresponding column or row of Z is 0 in every iteration, so the rest of Z is
+the same as without this landmark.
 
 s is the largest column sum of A. It is an upper bound on the square of A's spectral norm, because no row of A sums to more
-than 1. The iteration converges cubically. The number of steps T is part of the model: directions with singular values
-far below sqrt(s 3.25^-T) are not inverted, which keeps Z small. Gradients flow through all steps, s and the softmax.
+than 1. The iteration converges cubically. The number of iterations T is part of the model: directions with singular values
+far below sqrt(s 3.25^-T) are not inverted, which keeps Z small. Gradients flow through all iterations, s and the softmax.
 """
 
 from __future__ import annotations
@@ -41,15 +42,15 @@ def pinv(
     init: str = "exact",
     backend: str = "torch",
 ) -> Tensor:
-    """Multiply values by the pseudo-inverse of the landmarks' attention matrix, approximated with `iterations` steps.
+    """Multiply values by the pseudo-inverse of the landmarks' attention matrix, approximated iteratively.
 
     Args:
         q_marks: (batch, heads, L, D), landmarks of the queries. Views with last stride 1 are not copied.
         k_marks: (batch, heads, L, D), landmarks of the keys, in q_marks' dtype.
         values: (batch, heads, L, E), float32 (float64 for float64 landmarks), one row for each landmark of the queries.
         scale: scaling factor of the logits.
-        q_counts, k_counts: float32 (batch, L), number of tokens that each landmark averages. If None, all landmarks are valid.
-        iterations: number of steps T.
+        q_counts, k_counts: float32 (batch, L), number of valid tokens of each landmark. If None, all landmarks are valid.
+        iterations: number of iterations T.
         init: "exact": s is the largest column sum of each matrix. "original": s is the largest column sum over all samples and
             heads, as in Nystromformer's published code, so that the result of a sample depends on the rest of the batch.
         backend: "torch" or "triton". The kernels support "exact" with at most 128 landmarks. In other cases, both backends use
@@ -76,7 +77,7 @@ def pinv_reference(
     iterations: int = 6,
     init: str = "exact",
 ) -> Tensor:
-    """Evaluate the equations in the dtype of `values`."""
+    """Return the result of `pinv`, computed in plain PyTorch, in the dtype of `values`."""
     batch, _, landmarks, _ = q_marks.shape
     all_valid = torch.ones(batch, landmarks, dtype=torch.bool, device=values.device)
     rows = (all_valid if q_counts is None else q_counts > 0)[:, None, :, None]

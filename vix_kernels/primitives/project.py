@@ -62,7 +62,7 @@ def project_reference(
     mask: Tensor | None = None,
     rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Evaluate the equations."""
+    """Return the same keys and values as `project`, computed in plain PyTorch."""
     if mask is not None:
         valid = mask[:, None, :, None]
         k, v = torch.where(valid, k, 0.0), torch.where(valid, v, 0.0)

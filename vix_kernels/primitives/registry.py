@@ -94,8 +94,8 @@ def register(schema: str, *, module: str, fake: Callable, has_kernel: Callable[.
 
     Args:
         schema: a `torch.library` schema. The last argument must be `str backend` ("torch" or "triton"). The types in GROUPS can
-            also be used, as in "Rotary? rotary" and "Pool pool". Implementations receive such a group as one argument.
-            Only the registered operator receives its fields as separate arguments.
+            also be used, as in "Rotary? rotary" and "Pool pool". Implementations receive a value of such a type as one
+            argument. The registered operator receives each field of the value as a separate argument.
         module: name of the module with the implementation, in both `_torch/` and `_triton/`. The implementation is a function
             with the operator's name. It receives the arguments without the backend.
         fake: a function that receives all arguments and returns empty outputs with the right shapes, dtypes and strides.
@@ -128,8 +128,8 @@ def plain(arguments: Sequence[Any]) -> bool:
     """Return whether a call may bypass the dispatcher.
 
     The dispatcher is needed while a compiler, tracer, transform, mode or autocast is active. It is also needed for Tensor
-    subclasses (except Parameter), meta tensors, functional tensors, zero tensors, and tensors whose negative bit is set. If
-    gradients are enabled, it is also needed for tensors that require a gradient.
+    subclasses (except Parameter), meta tensors, functional tensors, tensors with the ZeroTensor dispatch key, and tensors whose
+    negative bit is set. If gradients are enabled, it is also needed for tensors that require a gradient.
     """
     if torch.compiler.is_compiling() or torch._C._dispatch_tls_local_include_set().raw_repr() not in DEFAULT_KEYS:
         return False

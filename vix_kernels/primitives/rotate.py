@@ -42,7 +42,7 @@ def rotate(
 
 
 def rotate_reference(x: Tensor, rotary: Rotary) -> Tensor:
-    """Evaluate the equations for one tensor."""
+    """Return x rotated by the angles of its tokens, computed in plain PyTorch."""
     cos, sin, interleaved, _ = rotary
     width, dtype = 2 * cos.shape[-1], torch.promote_types(x.dtype, torch.float32)
     rotated, rest = x[..., :width].to(dtype), x[..., width:]

@@ -41,7 +41,7 @@ def token_conv(v: Tensor, weight: Tensor, *, mask: Tensor | None = None, backend
 
 
 def token_conv_reference(v: Tensor, weight: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """Evaluate the equation by unfolding v into windows of `taps` tokens.
+    """Return the result of `token_conv`, computed by unfolding v into windows of `taps` tokens.
 
     The function does not use Conv2d, because oneDNN computes wrong gradients for long filters.
     """

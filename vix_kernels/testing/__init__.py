@@ -1,4 +1,6 @@
-"""Specifications of operators for tests, benchmarks and users. Each specification contains test cases, a reference and costs.
+"""Specifications of operators, for tests and benchmarks.
+
+Each specification contains test cases, a reference implementation and operation counts.
 
 Example:
 

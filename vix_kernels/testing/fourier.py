@@ -11,7 +11,7 @@ from torch import Tensor
 from ..ops.fourier import fourier_mixing, fourier_mixing_reference
 from .problem import Case, OpSpec, register
 
-CASES = (  # the cases cover one or more tiles of rows and of columns, and even and odd lengths
+CASES = (  # the cases cover one tile and several tiles along each axis, and even and odd lengths
     Case("plain"),
     Case("packed", tokens=36, heads=3, packed=True),
     Case("one_token", tokens=1),

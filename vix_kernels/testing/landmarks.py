@@ -1,4 +1,4 @@
-"""Specification of landmarks, which are means of queries and of keys."""
+"""Specification of `landmarks`, which averages groups of queries and groups of keys."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def _linear_projected(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[s
 
 
 def _channels(case: Case) -> int:
-    """Return the number of elements of q and k together."""
+    """Return the total number of elements of q and k."""
     return case.batch * case.heads * (case.tokens + (case.queries or case.tokens)) * case.width
 
 

@@ -41,10 +41,9 @@ CASES = (
 
 
 def _token_projection(case: Case, tensor: Callable[..., Tensor], tokens: Tensor) -> Tensor:
-    """Draw a token projection, shaped like the projections of LinformerAttention.
+    """Return a random token projection (tokens + 2, features), or (heads, tokens + 2, features) if `case.per_head` is set.
 
-    The projection is in float32 (float64 for float64 tokens). Its entries have standard deviation K^-0.5, where K is the number
-    of projected tokens. It has two more rows than there are tokens.
+    The entries have standard deviation features^-0.5. They are in float32, or in float64 if `tokens` is in float64.
     """
     shape = (case.heads,) * case.per_head + (case.tokens + 2, case.features)
     return tensor(*shape, dtype=torch.promote_types(tokens.dtype, torch.float32), scale=case.features**-0.5)

@@ -1,4 +1,4 @@
-"""Measure the memory that autograd keeps for the backward pass."""
+"""Measure the memory that autograd saves for the backward pass."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def kept_for_backward(function: Callable, inputs: tuple[Tensor, ...]) -> int:
-    """Return how many bytes autograd keeps for the backward pass of function(*inputs).
+    """Return the number of bytes that autograd saves for the backward pass of function(*inputs).
 
     Inputs, outputs and parameters are not counted.
     """

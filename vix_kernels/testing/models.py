@@ -6,7 +6,7 @@ from typing import Any
 
 
 def small_model(name: str, **overrides: Any) -> dict[str, Any]:
-    """Return arguments with which `create_model` builds a small model for images of 8 x 8 pixels, without stochastic depth."""
+    """Return arguments of `create_model` for a small model that accepts 8 x 8 images and has no stochastic depth."""
     arguments: dict[str, Any] = {"img_size": 8, "embed_dim": 16, "num_classes": 5, "drop_path_rate": 0.0}
     if not name.startswith("fnet_2d"):
         arguments |= {"num_heads": 2}

@@ -51,7 +51,7 @@ EXACT = (
     Case("exact", batch=1, exact=2, queries=19),
     Case("exact_masked", exact=3, masked=True, rope="half", rotary=8, prefix=1, width=24, value_width=40),
 )
-COMPILED_FEATURES = (16, 110, 266)  # fewer than a tile holds, and the defaults for head widths 32 and 64
+COMPILED_FEATURES = (16, 110, 266)  # fewer features than fit in a tile, and the defaults for head widths 32 and 64
 
 
 def _performer(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -91,8 +91,8 @@ def _broadcast(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Ten
 def _slots(case: Case, tensor: Callable[..., Tensor], tokens: Tensor) -> Tensor:
     """Return random slots for `aggregate` or `broadcast`.
 
-    If `case.per_head` is set, they differ between samples and heads, like pooled tokens, and have the dtype of the problem.
-    Otherwise, they are random features in float32 (float64 for float64 tokens).
+    If `case.per_head` is set, the slots differ between samples and heads, like pooled tokens, and have the problem's dtype.
+    Otherwise, the slots are random features in float32, or in float64 if `tokens` is in float64.
     """
     if case.per_head:
         return tensor(case.batch, case.heads, case.features, case.width)

@@ -1,4 +1,4 @@
-"""Specification of the pseudo-inverse in Nystrom attention. In its cases, `features` is the number of landmarks."""
+"""Specification of the pseudo-inverse in Nystrom attention. In the test cases, `features` is the number of landmarks."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ CASES = (
 def _pinv(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return random landmarks of queries and keys, random values, and options.
 
-    In a masked case, some landmarks have no valid token and contain NaN. If there is more than one sample, this includes all
-    landmarks of the last sample.
+    In a masked case, some landmarks have no valid token and contain NaN. If there are several samples, no landmark of the last
+    sample has a valid token.
     """
     shape = (case.batch, case.heads, case.features)
     if case.packed:

@@ -1,4 +1,4 @@
-"""Operator specifications for tests and benchmarks, and problems, which are operators with their inputs."""
+"""Operator specifications, and problems (operators with their inputs), for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Case:
     queries: int | None = None  # number of queries; None means `tokens`
     width: int = 16
     value_width: int | None = None  # head width of the values; None means `width`
-    features: int = 40  # number of slots: random features, landmarks, agents or projected tokens
+    features: int = 40  # number of slots (random features, landmarks, agents or projected tokens)
     masked: bool = False  # whether to mask some keys, and all keys of the last sample; masked tokens contain NaN and inf
     rope: str | None = None  # "interleaved", "half" or None
     rotary: int | None = None  # number of rotated channels; None means all
@@ -34,9 +34,9 @@ class Case:
     packed: bool = False  # whether q, k and v are views of one tensor (batch, tokens, 3, heads, width)
     spread: float = 1.0  # standard deviation of q and k
     feature_map: str = "relu"  # feature map of linear attention: "relu" or "elu"
-    taps: int = 3  # size of the filter of a convolution over tokens
-    rows: int = 1  # rows of the grid that the tokens after the prefix form
-    mark_rows: int = 1  # rows of landmarks; each row has `features` landmarks
+    taps: int = 3  # kernel size of the convolution over tokens
+    rows: int = 1  # number of rows of the token grid, which starts after the prefix
+    mark_rows: int = 1  # number of rows of landmarks; each row has `features` landmarks
     adaptive: bool = False  # whether landmarks use the windows of adaptive pooling, which may overlap
     learned: bool = False  # whether random features require gradients
     exact: int = 0  # number of leading queries with exact softmax attention
@@ -59,7 +59,7 @@ class Problem:
         return out if isinstance(out, tuple) else (out,)
 
     def gradients(self, outputs: tuple[Tensor, ...], cotangents: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
-        """Return the gradients of the tensors that require gradients. The default cotangents are uninitialized memory."""
+        """Return the gradients for the tensors that require gradients. By default, the cotangents are uninitialized tensors."""
         wanted = [x for x in self.tensors.values() if x.requires_grad]
         return torch.autograd.grad(outputs, wanted, cotangents or [torch.empty_like(x) for x in outputs])
 
@@ -71,7 +71,7 @@ class Problem:
         return replace(self, tensors={name: change(x) for name, x in self.tensors.items()})
 
     def sample(self, index: int) -> Problem:
-        """Return this problem restricted to one sample of the batch."""
+        """Return this problem with only one sample of the batch."""
         size = self.tensors[self.spec.batched[0]].shape[0]
 
         def one(name: str, x: Any) -> Any:
@@ -87,15 +87,15 @@ class OpSpec:
 
     Attributes:
         name: name of the operator.
-        function: the operator. It is called with the tensors of a problem, its options and `backend`.
+        function: the operator. It is called with the tensors and options of a problem, and with `backend`.
         reference: the same operator in plain PyTorch. It is called without `backend`.
         build: function (case, tensor) -> (tensors, options). tensor(*shape) draws a tensor in the problem's dtype from a normal
             distribution.
         differentiable: names of the tensors that receive gradients.
-        fixed: names of the differentiable tensors, such as random features, that receive no gradients in measurements unless
-            the case is `learned`.
+        fixed: names of differentiable tensors, such as random features, that receive gradients in measurements only if the case
+            sets `learned`.
         batched: names of the tensors and options that have a batch dimension. The first one is always present.
-        cases: cases that every implementation is tested on.
+        cases: test cases. Every implementation is tested on all of them.
         flops: function that returns the number of operations (two per multiply-add) in the matrix products of a forward pass.
             For RoPE, it returns the number of operations in the rotation.
         exps: function that returns the number of exponentials in a forward pass.
@@ -110,9 +110,9 @@ class OpSpec:
             report adds a copy of the first case with a mask. If the operator computes attention and supports the "half" layout
             of the rotary embedding, the report adds a copy with this layout.
         variants: more cases for `vix dev compile-report`. The report adds no copies of them.
-        most_features: upper limit of `features` in measurements. See `fit`.
+        most_features: maximum number of features in measurements. See `fit`.
 
-    measure/costs.py counts the bytes and launches of an operator.
+    The memory traffic and the kernel launches of an operator are counted in measure/costs.py.
     """
 
     name: str
@@ -140,8 +140,8 @@ class OpSpec:
     def fit(self, case: Case) -> Case:
         """Return `case` adapted for measurements of this operator.
 
-        The result has rotary angles if all problems of the operator have them, no mask if none of the operator's cases is
-        masked, and at most `most_features` features.
+        If the operator requires rotary angles, they are added. If none of the operator's cases is masked, the mask is removed.
+        The number of features is limited to `most_features`.
         """
         rope = case.rope or ("interleaved" if self.rotates else None)
         features = min(case.features, self.most_features or case.features)
@@ -150,7 +150,7 @@ class OpSpec:
     def problem(
         self, case: Case, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0
     ) -> Problem:
-        """Return a problem with random inputs. For a given seed, they are equal for all dtypes and devices up to rounding."""
+        """Return a problem with random inputs. For a fixed seed, they are equal for all dtypes and devices, up to rounding."""
         generator = torch.Generator().manual_seed(seed)
 
         def tensor(*shape: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
@@ -180,7 +180,7 @@ def register(*specs: OpSpec) -> None:
 def draw(spec: OpSpec, case: Case, dtype: torch.dtype, device: str) -> Problem:
     """Return a problem whose inputs are drawn directly on the device. For large inputs, this is faster than `spec.problem`.
 
-    Differentiable tensors require gradients, but `fixed` tensors require them only if the case is `learned`.
+    Differentiable tensors require gradients. The `fixed` tensors among them require gradients only if `case.learned` is set.
     """
 
     def tensor(*shape: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> Tensor:

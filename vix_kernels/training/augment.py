@@ -119,7 +119,7 @@ def mix(images: Tensor, labels: Tensor, draws: Draws, *, classes: int, mixup: fl
     are enabled, each is used with probability 0.5.
 
     Args:
-        mixup, cutmix: the parameter a of Beta(a, a), from which the weight of the image itself is drawn. 0 disables the method.
+        mixup, cutmix: the parameter a of Beta(a, a), from which the weight of image i is drawn. 0 disables the method.
             At least one of the two methods must be enabled.
 
     Returns:

@@ -3,8 +3,8 @@
 A crash cannot damage a checkpoint. Loading a checkpoint executes no code from it. A run can be resumed with a different
 number of processes.
 
-Without FSDP2, a checkpoint is one file. With FSDP2, the tensors are not in this file: each process writes its shards to a
-common folder with torch.distributed.checkpoint. The file contains the name of the folder, and is written last.
+Without FSDP2, a checkpoint is one file. With FSDP2, each process writes its shards of the tensors to a common folder with
+torch.distributed.checkpoint. The file that is written last contains the rest of the checkpoint and the name of this folder.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SHARDS = "shards"
 def save_checkpoint(path: Path, checkpoint: Checkpoint, ranks: Ranks, sharded: bool = False) -> None:
     """Replace the checkpoint at `path` atomically. All processes in `ranks` must call this function.
 
-    A reader finds either the old or the new checkpoint.
+    A reader finds either the old or the new checkpoint. With `sharded`, each process writes its shards of the tensors.
     """
     if sharded:
         shards = path.parent / SHARDS / f"{path.stem}-{ranks.largest(time.time_ns())}"
@@ -142,7 +142,7 @@ def checkpoint_path(path: str | Path) -> Path:
 
 
 def existing_checkpoint(path: str | Path, flag: str = "--resume") -> Path:
-    """Return the path of an existing checkpoint, or raise `UserError` if there is none."""
+    """Return `path`, or the last.pt in it if it is a folder. If the file is missing, raise a `UserError` that names `flag`."""
     path = checkpoint_path(path)
     if not path.is_file():
         raise UserError(f"{flag}: no checkpoint at {path}")

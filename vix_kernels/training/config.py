@@ -24,7 +24,7 @@ class SharedError(UserError):
 
 
 class Bound(NamedTuple):
-    """A constraint on a value: a description for the error message, and a function that tests a value."""
+    """A constraint on a setting: its description in error messages, and a function that tests a value."""
 
     expected: str
     holds: Callable[[Any], bool]
@@ -68,7 +68,7 @@ def setting(
 
 @dataclass
 class Config:
-    """The settings of a run. Each field is also a flag of `vix train`, and the help of the flag describes it."""
+    """The settings of a run. Each field is also a flag of `vix train`. The help of the flag describes the field."""
 
     model: str = setting(
         "hybrid_vip", "name of a model that `vix models` lists, or timm:NAME for a timm model", metavar="NAME", group="model"
@@ -198,8 +198,8 @@ class Config:
     def steps(self, images: int) -> int:
         """Return the number of steps per epoch for `images` training images.
 
-        The images are split into batches of nearly equal size. If all batches but the last were full, the last one could have
-        a single image, for which batch norm fails.
+        The images are split into batches of nearly equal size. If all batches but the last were full, the last batch could
+        have a single image, for which batch norm fails.
         """
         return math.ceil(images / self.batch_size)
 

@@ -22,7 +22,7 @@ class Draws:
     Args:
         place: integers that identify the batch, such as the seed, the epoch and the step.
         images: the number of images in the whole batch.
-        rows: the positions of this process's images in the batch, or None if it has all images.
+        rows: the positions of this process's images in the batch, or None if this process has all images.
     """
 
     def __init__(self, *place: int, images: int, rows: Tensor | None = None) -> None:
@@ -51,14 +51,14 @@ class Draws:
 
 
 def sent(drawn: Tensor, device: torch.device) -> Tensor:
-    """Copy `drawn` to `device` without waiting for queued work on the GPU."""
+    """Return `drawn` on `device`. The copy does not wait for queued work on the GPU."""
     if device.type == "cuda" and drawn.device.type == "cpu":
         drawn = drawn.pin_memory()
     return drawn.to(device, non_blocking=True)
 
 
 def shuffled(*place: int, images: int) -> Tensor:
-    """Return the indices of all images in a random order, int64 (images,)."""
+    """Return the indices of all images, int64 (images,), in a random order that depends only on `place` and `images`."""
     return torch.from_numpy(np.random.default_rng((ORDER, *place)).permutation(images))
 
 

@@ -24,7 +24,7 @@ class HostModel(nn.Module):
 
     Attributes:
         host: the timm or transformers model.
-        in_chans, img_size, num_classes: the shape of its inputs and outputs. The argument `shape` (channels,
+        in_chans, img_size, num_classes: the shape of the inputs and outputs. The argument `shape` (channels,
             height and width of the images of a run) overrides in_chans and img_size, because a model for images of any size
             does not store an image size.
         config: a dict whose entry "data", if any, describes the training images, as explained in `save_model`.
@@ -75,7 +75,7 @@ def image_shape(host: nn.Module) -> tuple[int, tuple[int, int], int]:
 
 
 def create_host(spec: str, checkpoint: str | None, pretrained: bool, **arguments: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """Create the model that `spec` names: "timm:NAME", or "hf:FOLDER" for a model that transformers saved in FOLDER.
+    """Create the model that `spec` names: "timm:NAME", or "hf:FOLDER" for a Hugging Face model saved in FOLDER.
 
     Args:
         checkpoint: a .safetensors or .pth file with the weights of a timm model. If `arguments` contains num_classes, the head
@@ -84,7 +84,7 @@ def create_host(spec: str, checkpoint: str | None, pretrained: bool, **arguments
         arguments: arguments of timm.create_model.
 
     Returns:
-        The model, and a dict that describes the training images with "classes", "mean" and "std". Unknown entries are missing.
+        The model, and a dict with the "classes", "mean" and "std" of the training images. Unknown values are omitted.
 
     Raises:
         UserError: the model is unknown, its weights cannot be loaded, or `checkpoint` or `pretrained` is set for "hf:FOLDER".
@@ -128,7 +128,7 @@ def create_host(spec: str, checkpoint: str | None, pretrained: bool, **arguments
 
 
 def accepts_size(name: str) -> bool:
-    """Return whether timm creates this model for a fixed image size, as it does for vision transformers."""
+    """Return whether the timm model `name` has a fixed image size, as vision transformers do."""
     try:
         import timm
 
@@ -154,7 +154,7 @@ def _transformers(folder: str) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _normalization(path: Path, channels: int) -> dict[str, list[float]]:
-    """Return the mean and std that transformers saved in `path`. The result is empty if they are not saved there."""
+    """Return the "mean" and "std" in the preprocessor_config.json at `path`, or an empty dict if there are none."""
     if not path.is_file():
         return {}
     try:

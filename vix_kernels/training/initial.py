@@ -29,14 +29,14 @@ def load_initial(model: nn.Module, path: str, classes: Sequence[str]) -> None:
 
     Position embeddings are resampled. If the classes differ, the head of `model` keeps its weights.
 
-    If the saved model has a different type of attention, its attention layers contribute only linear layers and norms.
-    Parameters that only the saved attention layers have, such as learned features, are ignored. Parameters that only the
-    attention layers of `model` have keep their values.
+    If the types of attention differ, the weights of attention layers are loaded only for linear layers and norms. Parameters
+    that occur only in the saved attention layers, such as learned features, are ignored. Parameters that occur only in the
+    attention layers of `model` keep their values.
 
     Args:
-        classes: the names of the classes of the new model.
         path: a run or a checkpoint of `vix train`, a folder written by `save_model` or `vix linearize`, or a .safetensors or
             .pth file.
+        classes: the names of the classes of `model`.
 
     Raises:
         UserError: the file is missing or damaged, position embeddings cannot be resampled, or other weights outside the head
@@ -79,7 +79,7 @@ def _read(file: Path) -> tuple[nn.Module | None, dict[str, Any], dict[str, Any]]
 
 
 def _source(config: dict[str, Any], arguments: dict[str, Any], shape: Any, path: Path) -> nn.Module:
-    """Create the trained model on the meta device, without its weights."""
+    """Return a model on the meta device that has the architecture of the saved model."""
     try:
         with torch.device("meta"):
             return make_model(config, arguments, shape)
@@ -88,9 +88,9 @@ def _source(config: dict[str, Any], arguments: dict[str, Any], shape: Any, path:
 
 
 def _adapted(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Adapt weights that `adapt_state` does not support.
+    """Return a copy of `state` with resampled position embeddings.
 
-    Add HostModel's prefix to the names if it is missing, and resample position embeddings.
+    If `model` is a HostModel, all names in the copy start with "host.".
     """
     expected = model.state_dict()
     if isinstance(model, HostModel) and not any(name.startswith("host.") for name in state):
@@ -104,7 +104,7 @@ def _adapted(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
 
 
 def _resampled(name: str, value: Tensor, wanted: Tensor, model: nn.Module) -> Tensor:
-    """Resample the position embeddings (1, tokens, dim) of a square grid.
+    """Resample the position embeddings `value` (1, tokens, dim) from a square grid to the grid of `model`.
 
     The embeddings of class and register tokens come first, and do not change.
     """
@@ -118,12 +118,13 @@ def _resampled(name: str, value: Tensor, wanted: Tensor, model: nn.Module) -> Te
 
 
 def _of_attention(name: str, layers: list[str]) -> bool:
-    """Return whether a state dict entry belongs to an attention layer, but not to its linear layers or norms.
+    """Return whether a state dict entry is specific to a type of attention, such as a tensor of random features.
 
-    An example is a tensor of random features. Models with different types of attention differ in these entries.
+    The result is False for linear layers and norms inside attention layers.
 
     Args:
-        layers: the names of the attention modules of this library.
+        name: the name of the entry.
+        layers: the names of the model's attention modules that are from this library.
     """
     keys = [name.removeprefix(f"{layer}.") for layer in layers if name.startswith(f"{layer}.")]
     return ".vix." in name or any(not key.startswith(("qkv.", "q_norm.", "k_norm.", "proj.")) for key in keys)

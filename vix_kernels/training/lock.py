@@ -22,7 +22,7 @@ _held: set[int] = set()  # file descriptors of the lock files that this process 
 
 
 def _close_inherited() -> None:
-    """Close the inherited lock files in a forked process. Otherwise, the child keeps the locks after its parent is killed."""
+    """Close the inherited lock files in a forked process. Otherwise, a child would keep the locks of a killed parent."""
     while _held:
         os.close(_held.pop())
 
@@ -35,8 +35,10 @@ if hasattr(os, "register_at_fork"):
 def locked(folder: Path) -> Iterator[str]:
     """Lock `folder` for the duration of the block, by calling flock on a file in it.
 
-    Yield the string that `lock_owner` reads from the file. If the process is killed, the operating system releases the lock.
-    Warn if the operating system or the file system does not support locks.
+    Yield a string that identifies this process. `lock_owner` returns the same string in other processes.
+
+    If the process is killed, the operating system releases the lock. Warn if the operating system or the file system does not
+    support locks.
 
     Raises:
         UserError: another run has the lock.

@@ -29,7 +29,7 @@ def train_epoch(state: State, dataset: Dataset, after_step: Callable[[], None] =
     """Train for one epoch, or for the rest of an interrupted epoch.
 
     Returns:
-        The mean training loss, the learning rate of the last step, and the number of images per second.
+        A dict with the mean training loss "train_loss", the learning rate "lr" of the last step, and "images_per_second".
     """
     config, ranks, images = state.config, state.ranks, len(dataset.train)
     seed, epoch, _ = state.place
@@ -85,7 +85,12 @@ def augmented(
 
 
 def train_step(state: State, inputs: Tensor, targets: Tensor, lr: float, batch: int) -> Tensor:
-    """Run one training step on this process's images from a batch of `batch` images.
+    """Run one training step.
+
+    Args:
+        inputs, targets: this process's part of the batch.
+        lr: the learning rate.
+        batch: the number of images in the batch, over all processes.
 
     Returns:
         The sum of the losses of this process's images.
@@ -115,7 +120,7 @@ def train_step(state: State, inputs: Tensor, targets: Tensor, lr: float, batch: 
 def redraw_features(state: State) -> None:
     """Redraw the random features of all Performer attention layers.
 
-    All processes draw the same features, because the features of a module depend only on its seed and on the number of redraws.
+    All processes draw the same features, because the features of a module depend only on its seed and the number of redraws.
     """
     for model in filter(None, (state.model, state.ema and state.ema.model)):
         for module in model.modules():
@@ -138,9 +143,10 @@ def check_finite(state: State, eval_loss: float = 0.0) -> None:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, dataset: Dataset, config: Config, ranks: Ranks | None = None) -> dict[str, float]:
-    """Return the mean loss, and the top-1 and top-5 accuracy in percent, on all held-out images.
+    """Evaluate `model` on all held-out images. All processes must call this function.
 
-    All processes must call this function.
+    Returns:
+        A dict with the mean loss "eval_loss", and the accuracies "eval_top1" and "eval_top5" in percent.
     """
     ranks = ranks or Ranks()
     average_batch_norm(model, ranks)

@@ -93,13 +93,13 @@ class Optimizer:
 def layer_scales(names: Sequence[str], head: Collection[str], decay: float) -> dict[str, float]:
     """Return the learning rate factor of each parameter.
 
-    The factor is 1 for the head and the parameters after the last block, such as a norm or pooling. It is `decay` for the last
-    block, `decay` squared for the block before it, and so on. Parameters between two blocks have the factor of the block
-    before them. Position embeddings and all parameters before the first block, such as patch embeddings, have the smallest
-    factor.
+    The factor is 1 for the head and the parameters after the last block, such as those of a norm or pooling layer. It is
+    `decay` for the last block, `decay` squared for the block before it, and so on. Parameters between two blocks have the
+    factor of the earlier block. Position embeddings and all parameters before the first block, such as those of the
+    patch embedding, have the smallest factor.
 
     Args:
-        names: the names of the parameters, in the order of the model.
+        names: the names of the parameters, in the order of `model.named_parameters()`.
         head: the names of the parameters of the head.
 
     Raises:
@@ -125,8 +125,8 @@ def layer_scales(names: Sequence[str], head: Collection[str], decay: float) -> d
 def learning_rate(step: int, steps_per_epoch: int, config: Config) -> float:
     """Return the learning rate for a step.
 
-    It rises linearly to `lr` during the warm-up. After that, it is constant, or it follows half a cosine down to `end_lr` and
-    stays there during the cool-down.
+    It rises linearly to `lr` during the warm-up. With sched="constant", it then stays constant. With sched="cosine", it decays
+    to `end_lr` along half a cosine wave, and stays there during the cool-down.
     """
     warmup, end = (round(n * steps_per_epoch) for n in (config.warmup_epochs, config.epochs - config.cooldown_epochs))
     if step < warmup:

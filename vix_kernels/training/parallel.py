@@ -33,7 +33,7 @@ _connections = count()
 
 @dataclass(frozen=True)
 class Ranks:
-    """The rank of this process, and its communication with the other processes. A single process does not communicate.
+    """The rank of this process, and methods for communication with the other processes.
 
     Attributes:
         rank: the number of this process, starting at 0.
@@ -52,7 +52,7 @@ class Ranks:
         return self.rank == 0
 
     def share(self, batch: int) -> Tensor | None:
-        """Return the positions of this process's images in a batch of `batch` images, or None if it gets all images.
+        """Return the positions of this process's images in a batch of size `batch`, or None if it gets all images.
 
         The positions form pairs (i, batch - 1 - i), because `augment.mix` mixes the two images of a pair.
         """
@@ -63,9 +63,9 @@ class Ranks:
         return torch.cat([front, torch.tensor(middle, dtype=torch.long), batch - 1 - front.flip(0)])
 
     def least(self, batch: int) -> int:
-        """Return a lower bound on the number of images that a process gets from a batch of `batch` images.
+        """Return a lower bound on the number of images that a process gets from a batch of size `batch`.
 
-        The bound counts only the pairs, and not the middle image of an odd batch, which the last process gets.
+        The bound excludes the middle image of an odd batch, which the last process gets.
         """
         return batch if self.world == 1 else 2 * (batch // 2 // self.world)
 
@@ -173,7 +173,10 @@ class Ranks:
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
-        """Run the block in the first process, then in the others, which can use the files that the first one downloads."""
+        """Run the block in the first process, then in the other processes.
+
+        The other processes can use the files that the first process has downloaded.
+        """
         if not self.first:
             self.wait()
         try:
@@ -266,7 +269,7 @@ def average_batch_norm(model: nn.Module, ranks: Ranks) -> None:
 
 
 def placed_like(tensor: Tensor, value: Tensor) -> Tensor:
-    """Move `value` to the device of `tensor`, and shard it like `tensor`. A scalar is returned unchanged.
+    """Return `value` on the device of `tensor`, sharded like `tensor`. A scalar is returned unchanged.
 
     Every process must pass the complete `value`.
     """

@@ -27,7 +27,7 @@ PLAIN = {"parse_math": False}  # otherwise, a $ in a name would start a formula
 
 
 def best_epoch(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the row with the highest top-1 accuracy. Ties go to the lowest loss, then to the earliest epoch."""
+    """Return the row of `history` with the highest top-1 accuracy. Ties go to the lowest loss, then to the earliest epoch."""
     return max(history, key=lambda row: (row["eval_top1"], -row["eval_loss"]))
 
 
@@ -75,7 +75,7 @@ def write_args(path: Path, config: Config) -> None:
 
 
 def write_summary(path: Path, history: list[dict[str, Any]]) -> None:
-    """Write `history`, which checkpoints also contain, to a CSV file with one row per epoch."""
+    """Write `history` to a CSV file with one row per epoch."""
     write_csv(path, history)
 
 
@@ -105,7 +105,7 @@ def draw_learning_curve(path: Path, history: list[dict[str, Any]], best: dict[st
 
 
 def draw_evaluation(folder: Path, trained: Trained, evaluation: Evaluation, dataset: Dataset) -> None:
-    """Draw the confusion matrix to confusion.png and the misclassified images to mistakes.png in `folder`."""
+    """Draw two plots in `folder`: the confusion matrix (confusion.png) and the misclassified images (mistakes.png)."""
     title = f"{trained.config.model} on {dataset.name}, top-1 {evaluation.top1:.2f} %"
     draw_confusion(folder / "confusion.png", evaluation.confusion, dataset.classes, title)
     draw_mistakes(folder / "mistakes.png", evaluation, dataset.classes, dataset.max_value, title)
@@ -137,7 +137,7 @@ def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str], title:
 
 
 def draw_mistakes(path: Path, evaluation: Evaluation, classes: Sequence[str], max_value: int, title: str) -> None:
-    """Draw the misclassified images in `evaluation`, starting with the highest predicted probability."""
+    """Draw the misclassified images of `evaluation` in descending order of predicted probability."""
     number = len(evaluation.mistakes)
     columns, rows = 6, max(1, -(-number // 6))
     width, height, top = 9.0, 1.9 * rows + 0.5, 0.5  # inches

@@ -87,7 +87,7 @@ def train(config: Config) -> tuple[History, Path]:
 class Run:
     """The part of a run that one process executes. Construct a Run, then call `open`, then `go`.
 
-    The first process makes all decisions that depend on files, and sends them to the others.
+    The first process makes all decisions that depend on files, and sends them to the other processes.
 
     Args:
         held: the exit stack for everything that must be closed when the run ends, such as the lock on its folder.
@@ -203,7 +203,7 @@ class Run:
                     self.board = Board(self.output, len(history))
 
     def made_folder(self) -> Path:
-        """Create and return the folder of a new run. If the folder is empty when the run ends, remove it."""
+        """Create and return the folder of a new run. At the end of the run, the folder is removed if it is empty."""
         if self.output is None:
             folder = claim_folder(f"{self.config.model}-{self.dataset.name}")
         else:

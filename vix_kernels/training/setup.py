@@ -33,9 +33,9 @@ RUN_FILES = ("args.yaml", "summary.csv", "last.pt", "best.pt", "learning_curve.p
 def located(config: Config) -> tuple[str | None, Path | None]:
     """Return the checkpoint or run folder to resume from, and the folder to write to.
 
-    If torchrun has restarted this run and its folder contains last.pt, the run resumes from that file. Otherwise, it resumes
-    from --resume, if given. The folder is --output, or by default the folder of the resumed checkpoint. Without --output and
-    --resume, the returned folder is None, and `claim_folder` creates one later.
+    If torchrun has restarted this run and --output contains last.pt, the run resumes from that file. Otherwise, it resumes from
+    --resume, if given. The folder to write to is --output, or by default the folder of the resumed checkpoint. Without --output
+    and --resume, the returned folder is None, and `claim_folder` creates a folder later.
     """
     if config.output and _restarted() and (Path(config.output) / "last.pt").exists():
         return config.output, Path(config.output)
@@ -122,10 +122,10 @@ def check_batches(config: Config, ranks: Ranks, images: int) -> None:
 
 
 def build_model(config: Config, source: Source, device: torch.device, fresh: bool = True) -> tuple[nn.Module, dict[str, Any]]:
-    """Create the model, and test it on zeros. If `fresh` is False, a checkpoint with the weights is loaded later.
+    """Create the model, and check its output shape on zeros. If `fresh` is False, do not load pretrained or initial weights.
 
-    The image shape and the number of classes come from the dataset. So does the patch size of a model of this library, unless
-    --model-kwargs or the model's preset sets it.
+    The image shape and the number of classes come from the dataset. For this library's models, the patch size also comes from
+    the dataset, unless --model-kwargs or the model's preset sets it.
 
     Returns:
         The model and its arguments.
@@ -169,7 +169,7 @@ def build_model(config: Config, source: Source, device: torch.device, fresh: boo
 
 
 def _zoo_arguments(config: Config, source: Source, shape: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a model of this library. Its preset overrides the patch size that the dataset suggests."""
+    """Return the arguments for one of this library's models. The model's preset overrides the dataset's patch size."""
     try:
         applicable = source.model_kwargs.keys() & takes(config.model) - preset(config.model).keys()
         kwargs = shape | {key: source.model_kwargs[key] for key in applicable} | config.model_kwargs
@@ -246,7 +246,10 @@ def best_of(resume: str, history: list[dict[str, Any]]) -> Checkpoint | None:
 
 
 def claim_folder(name: str) -> Path:
-    """Create runs/NAME, or the first of NAME-2, NAME-3, ... that does not exist yet. Concurrent runs get different folders."""
+    """Create and return the folder runs/NAME, or the first of NAME-2, NAME-3, ... that does not exist.
+
+    Concurrent runs get different folders.
+    """
     runs = Path("runs")
     runs.mkdir(exist_ok=True)
     for number in count(1):

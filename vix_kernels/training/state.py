@@ -1,4 +1,4 @@
-"""The training state, which checkpoints save and restore."""
+"""The training state, which is saved in checkpoints."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class State:
 
     Attributes:
         model: the module without the DDP wrapper.
-        call: the module to call for training, which averages the gradients over all processes.
+        call: the module to call for training. It averages the gradients over all processes.
         history: one row for each completed epoch.
         step: the number of completed steps in the current epoch.
         loss_sum: the sum of losses over this process's images in the completed steps of the current epoch.
@@ -91,7 +91,7 @@ class State:
         }
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Restore the state from `checkpoint`. If it contains no moving average, the average starts from the saved weights.
+        """Restore the state from `checkpoint`. Without a saved moving average, the average starts from the saved weights.
 
         Raises:
             UserError: the checkpoint does not match the model.

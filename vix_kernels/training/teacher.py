@@ -44,10 +44,10 @@ class Teacher:
                 head.register_forward_pre_hook(lambda _, args, head=head: self.features.update({head: args[0]}))
 
     def distance(self, inputs: Tensor, logits: Tensor) -> Tensor:
-        """Return the distance of the student's output from the teacher's, summed over the images.
+        """Return the distance between the student and the teacher, summed over the images.
 
         With --distill soft, this is the Kullback-Leibler divergence of the class probabilities. With --distill features, it is
-        the relative squared error of the inputs of all heads.
+        the relative squared error of the features before the classifier heads.
 
         Args:
             inputs: the normalized images that the student received.
@@ -63,10 +63,10 @@ class Teacher:
 
 
 def heads(model: nn.Module) -> list[nn.Module]:
-    """Return the heads of a classifier. timm's distilled models have two.
+    """Return the classifier heads of `model`. timm's distilled models have two.
 
     Raises:
-        UserError: a head does not have the attribute in_features of a linear layer.
+        UserError: a head has no attribute `in_features`, so it is not a linear layer.
     """
     head = model.get_classifier()
     found = list(head) if isinstance(head, nn.ModuleList) else [head]
@@ -78,7 +78,7 @@ def heads(model: nn.Module) -> list[nn.Module]:
 def distance(actual: Tensor, expected: Tensor, distill: str) -> Tensor:
     """Return the distance between `actual` and `expected`, summed over the samples.
 
-    This is the Kullback-Leibler divergence if `distill` is "soft" and the tensors are logits (batch, classes) of at least two
+    This is the Kullback-Leibler divergence if `distill` is "soft" and the tensors are logits (batch, classes) for at least two
     classes. Otherwise, it is the squared error of each sample, divided by the squared norm of the sample in `expected`. If a
     sample is a single number, its error is not divided, because the number may be close to 0.
     """

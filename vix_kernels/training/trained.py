@@ -49,7 +49,7 @@ class Trained:
 
     @property
     def host(self) -> nn.Module:
-        """The model itself, without the adapter of a timm or transformers model."""
+        """The timm or transformers model inside a `HostModel`, or otherwise the model itself."""
         return getattr(self.model, "host", self.model)
 
     @property

@@ -12,8 +12,8 @@ class Unpickler(pickle._Unpickler):
     """An unpickler that rejects all names that are not in `allowed`.
 
     If a length or a memo index is damaged, pickle's C implementation may allocate and fill as much memory as the damaged number
-    specifies. The Python implementation, from which this class derives, does so only for byte arrays. They are rejected,
-    because valid files do not contain any.
+    specifies. The Python implementation, from which this class derives, does so only for byte arrays. Byte arrays are
+    rejected, because valid files do not contain any.
 
     Args:
         content: the pickle.

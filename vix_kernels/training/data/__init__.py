@@ -39,7 +39,7 @@ def open_dataset(
 ) -> Source:
     """Open a dataset by its name or path.
 
-    `Source.load` decodes the images in packs (.npz files) and folders. Streamed images are decoded on demand instead.
+    `Source.load` decodes the images in packs (.npz files) and folders, except streamed images, which are decoded on demand.
 
     Args:
         name: a name from NAMES, or the path of a pack or folder in one of FORMATS.
@@ -96,7 +96,7 @@ def _opened(name: str, size: tuple[int, int] | None, data_dir: str | None, strea
 
 
 def _resized(dataset: Dataset, size: tuple[int, int]) -> Dataset:
-    """Return a copy of `dataset` whose batches are resized to `size`. Its mean and std are those of the original images."""
+    """Return a copy of `dataset` whose batches are resized to `size`. The mean and std of the original images are kept."""
     train, test = (replace(part, size=size, max_value=dataset.max_value) for part in (dataset.train, dataset.test))
     return replace(dataset, train=train, test=test)
 

@@ -38,7 +38,7 @@ def find_cifar(folder: Path) -> Path | None:
 
 
 def cifar(folder: Path) -> Dataset:
-    """Read CIFAR-10 or CIFAR-100 from the folder that `find_cifar` returns, in either format."""
+    """Read CIFAR-10 or CIFAR-100 in either format from a folder that `find_cifar` returned."""
     for name, (train, test, meta, labels, names) in PYTHON.items():
         if (folder / meta).is_file():
             classes = tuple(each.decode() for each in _unpickled(folder / meta)[names])

@@ -1,4 +1,4 @@
-"""`Source` and `Dataset`, and functions that the readers of all formats share."""
+"""The classes `Source` and `Dataset`, and functions for the readers of all formats."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Dataset:
     def description(self) -> dict[str, Any]:
         """Return the description of this dataset that is stored in checkpoints.
 
-        The description is used to normalize inputs, to name classes, and to check the dataset of a resumed run.
+        It is used to normalize inputs, to name classes, and to check that a resumed run uses the same dataset.
         """
         return {
             "name": self.name,

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..config import UserError
 
 _CIFAR = "https://www.cs.toronto.edu/~kriz"
-# Maps the name of each dataset to its base URL, and to a dict from file names to the checksums that the publisher states.
+# Maps the name of each dataset to its base URL, and to a dict from file names to the publisher's checksums.
 SOURCES: dict[str, tuple[str, dict[str, str]]] = {
     "cifar10": (_CIFAR, {"cifar-10-python.tar.gz": "md5:c58f30108f718f92721af3b95e74349a"}),
     "cifar100": (_CIFAR, {"cifar-100-python.tar.gz": "md5:eb9058c3a382ffc7106e4002c42a8d85"}),
@@ -52,7 +52,7 @@ def fetched(name: str, data_dir: str | None) -> Path:
         data_dir: the folder that contains the datasets. If None, a folder in the user's cache is used.
 
     Raises:
-        UserError: if a download fails, a checksum differs, or this version of Python cannot unpack archives safely.
+        UserError: if a download fails, a checksum does not match, or this version of Python cannot unpack archives safely.
     """
     import pooch
 
@@ -71,7 +71,7 @@ def fetched(name: str, data_dir: str | None) -> Path:
             url = f"{address}/{file}"
             try:
                 path = pooch.retrieve(url, checksum, file, home if archive else content, progressbar=os.isatty(2))
-            except ValueError as error:  # pooch raises it if the checksum differs
+            except ValueError as error:  # pooch raises it if the checksum does not match
                 raise UserError(f"--dataset: wrong checksum of {url}: {error}") from error
             except OSError as error:  # includes all exceptions of the requests package
                 needed = f"that file into {home}" if archive else f"{', '.join(files)} into {folder}"

@@ -115,7 +115,7 @@ def _of_classes(folder: Path, classes: Sequence[str]) -> Files:
 
 
 def _images_in(folder: Path, ancestors: tuple[os.stat_result, ...] = ()) -> Iterator[Path]:
-    """Yield the files in `folder` and its subfolders that have an image suffix, sorted by name within each folder.
+    """Yield the files with an image suffix in `folder` and its subfolders, sorted by name within each folder.
 
     Hidden files and folders are ignored, because macOS writes `._NAME` files. A symbolic link that is broken or points to one
     of its parent folders is yielded like an image, so that `decode` reports it.
@@ -134,7 +134,7 @@ def _images_in(folder: Path, ancestors: tuple[os.stat_result, ...] = ()) -> Iter
 
 
 def _annotated(path: Path, classes: Sequence[str]) -> Files:
-    """Read val_annotations.txt. Each line has the name of a file, its class, and a bounding box, which is ignored."""
+    """Return the files and labels in val_annotations.txt. Each line has a file name, a class and an ignored bounding box."""
     labels = {name: label for label, name in enumerate(classes)}
     files = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):

@@ -59,7 +59,7 @@ def drawings(images: Tensor, draws: Draws) -> Tensor:
 
 
 def _read(path: Path, magic: int) -> np.ndarray:
-    """Read an idx file. It has a big-endian header (magic number and sizes, 32 bits each), followed by one byte per value."""
+    """Return the array in an idx file. A big-endian header (magic number and sizes, 32 bits each) precedes the uint8 values."""
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         content = file.read()
     dimensions = magic & 0xFF
