@@ -33,8 +33,8 @@ def chosen(
 ) -> list[str]:  # fmt: skip
     """Return the models in MODELS that the arguments select. This function replaces timm.list_models.
 
-    The models of vix_kernels are treated like timm's vision transformers. They take part in all feature
-    extraction tests, and in the configuration tests for models whose features are tokens.
+    The models of vix_kernels are treated like timm's vision transformers. All feature extraction
+    tests include them, and so do the configuration tests for models whose features are tokens.
     """
     if pretrained:
         return []

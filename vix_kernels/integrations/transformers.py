@@ -253,7 +253,7 @@ def padding_mask(
 ) -> Tensor | None:
     """Return the additive mask (batch, 1, 1, tokens) for the registered attention functions, or None if there is no mask.
 
-    The mask is additive, as in transformers' eager attention, because many models add it to their own logits, regardless of the
+    The mask is additive, as in transformers' eager attention, because many models add it to logits, regardless of the
     selected attention.
     """
     if mask_function is not bidirectional_mask_function:
