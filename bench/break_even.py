@@ -6,8 +6,8 @@
 Each method uses the default options of the integrations. Linformer and Fourier mixing cannot replace softmax attention in
 models of other libraries, so they use the default options of this library's modules. The baseline is PyTorch's
 scaled_dot_product_attention on the same q, k and v. Only the attention function is measured, without linear layers. On a CPU,
-calls to the methods alternate. A ratio is the CPU time of a method divided by the CPU time of softmax attention in the same
-round.
+each round times all methods in turn, and divides their CPU times by the CPU time of softmax attention. The ratio of a method is
+the median over the rounds.
 
 --predict needs no GPU. As in `vix dev roofline OP --shape`, the time of each launch is computed from the machine code and
 published peak rates. Each PyTorch kernel adds only a fixed launch time. Softmax attention is predicted in the same way, from

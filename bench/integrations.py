@@ -3,9 +3,10 @@
     python -m bench.integrations --output DIR
 
 Times are CPU times of one thread. Calls to the host library's module and to this library's module alternate. Each integration
-is measured in several new processes. In a process that has already measured other integrations, the ratios would be different,
-because memory that the allocator keeps from earlier calls changes the cost of large buffers. Before anything is timed, the
-outputs of both modules are compared. They must match, except for timm, where Nystrom attention approximates softmax attention.
+is measured in several new processes. In a process that has already measured other integrations, the speedups would be
+different, because memory that the allocator keeps from earlier calls changes the cost of large buffers. Before anything is
+timed, the outputs of both modules are compared. They must match, except for timm, where Nystrom attention approximates softmax
+attention.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 TABLES = ("vix_kernels/_triton/launch_table.py",)
-ONCE_MEASURING = {  # the measuring code in checkouts from before measure/ existed; paths relative to vix_kernels/
+ONCE_MEASURING = {  # the measurement code in checkouts from before measure/ existed; paths relative to vix_kernels/
     "timing.py", "traffic.py", "roofline.py", "check.py", "_triton/compile_report.py", "_triton/compile_table.py",
     "_triton/machine_code.py", "_triton/offline.py", "_triton/shared_memory.py", "_triton/costs.py", "_triton/tune.py",
     "_triton/interpreter.py",
@@ -35,7 +35,7 @@ def lines(source: str) -> int:
 
 
 def count(checkout: Path) -> Counter[str]:
-    """Return the number of lines of code in each folder, in the measuring code ("measuring"), and in all folders ("all")."""
+    """Return the number of lines of code in each folder, in the measurement code ("measuring"), and in all folders ("all")."""
     counts: Counter[str] = Counter()
     for top in ("vix_kernels", "models", "bench"):
         for path in sorted((checkout / top).rglob("*.py")):

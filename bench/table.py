@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 
 class Budget(NamedTuple):
-    """Upper limits for the ratios to the peer or original, or None for no limit.
+    """Upper limits for the ratios of an operator to its peer, or of a model to the original model. None means no limit.
 
     `forward` applies to the time of the forward pass, `full` to the time of the forward and backward passes together, and
     `kept` to the memory saved for the backward pass.
@@ -136,7 +136,7 @@ BF16_BUDGET = 0.45  # this library's bf16 time divided by the original's float32
 
 
 def model_lines(rows: Iterable[Row]) -> list[str]:
-    """Return a Markdown table with one line per model: the images/s of both implementations, then ratios to the original."""
+    """Return a Markdown table with one line per model: images/s of both implementations, then ratios of time and memory."""
     found = {(row["model"], row["provider"], row["dtype"], row["direction"]): row for row in rows if row["status"] == "ok"}
 
     def ratio(name: str, figure: str, ours: str, original: str, direction: str = "training") -> float | None:

@@ -1,7 +1,7 @@
 """The compact convolutional transformer (CCT, arXiv:2104.05704), and its variants CCN and CCP from Vision Xformers.
 
-image -> len(strides) x [convolution, relu, max pooling] -> position
-      -> depth x [x + attention(norm(x)), n + mlp(n) with n = norm(x)] -> norm -> learned weighted mean of the tokens -> head
+image -> len(strides) * [convolution, relu, max pooling] -> position
+      -> depth * [x + attention(norm(x)), n + mlp(n) with n = norm(x)] -> norm -> sequence pooling -> head
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ConvTokenizer(nn.Sequential):
         super().__init__(*layers)
 
     def grid(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """Return the height and width of the token map. Convolutions and pooling layers pad by half their kernel size."""
+        """Return the height and width of the token map for images of size `img_size`."""
         for layer in self:
             if not isinstance(layer, nn.ReLU):
                 stride = layer.stride if isinstance(layer.stride, int) else layer.stride[0]

@@ -1,6 +1,6 @@
 """The convolutional vision transformer (CvT, arXiv:2103.15808), and its variants CvN and CvP from Vision Xformers.
 
-image -> stages x [convolution -> norm -> depth x [x + attention(convolution(norm(x))), x + mlp(norm(x))]]
+image -> stages * [convolution -> norm -> depth * [x + attention(convolution(norm(x))), x + mlp(norm(x))]]
       -> norm -> mean -> head
 """
 

@@ -1,6 +1,6 @@
 """FNet in two dimensions, from Vision Xformers.
 
-    image -> convolutions -> depth x [x + mlp(norm(F(x)))] -> norm -> mean -> head
+    image -> convolutions -> depth * [x + mlp(norm(F(x)))] -> norm -> mean -> head
 
 F is the real part of the discrete Fourier transform over rows, columns and channels.
 """

@@ -1,6 +1,6 @@
 """LeViT (arXiv:2104.01136) and its variants LeViN and LeViP from Vision Xformers.
 
-    image -> convolutions -> stages x [depth x [x + attention(norm(x)), x + mlp(norm(x))]] -> norm -> mean -> head
+    image -> convolutions -> stages * [depth * [x + attention(norm(x)), x + mlp(norm(x))]] -> norm -> mean -> head
 
 Between two stages, a convolution halves the height and width of the token map. All three models have a convolutional stem,
 batch normalization and hardswish. Instead of a position embedding, LeViT has a learned attention bias, and LeViN and LeViP have

@@ -113,7 +113,7 @@ def model_card(model: nn.Module) -> str:
 
 
 def state_writer(path: Path, tensors: dict[str, Tensor]) -> Callable[[Path], None]:
-    """Return a function for `write_atomically` that writes contiguous tensors to a .safetensors file.
+    """Return a function for `write_atomically` that writes `tensors`, which must be contiguous, to a .safetensors file.
 
     If the file cannot be written, the function raises an OSError that names `path`.
     """

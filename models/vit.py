@@ -1,6 +1,6 @@
 """The vision transformer.
 
-    image -> stem -> class token, position -> depth x [x + attention(norm(x)), x + mlp(norm(x))] -> norm -> pool -> head
+    image -> stem -> class token, position -> depth * [x + attention(norm(x)), x + mlp(norm(x))] -> norm -> pool -> head
 
 The stem has one strided convolution (ViT, arXiv:2010.11929) or three convolutions (the hybrids of Vision Xformers,
 arXiv:2107.02239). Arguments, methods and parameters are named as in timm, if timm has them.

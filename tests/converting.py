@@ -35,7 +35,7 @@ def batches(*shape: int) -> Callable[[], Iterator[Tensor]]:
 def convert_and_save(rank: int, world: int, folder: str) -> None:
     """Convert a model as process `rank` of `world` processes.
 
-    Process 0 saves the first gradient, the errors of the layers and the agreement to {world}.pt in `folder`.
+    Process 0 saves the first gradient, the layer errors and the agreement with the teacher in `folder`/{world}.pt.
     """
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world)

@@ -77,7 +77,7 @@ def compile_performer(target: str) -> list[offline.CompiledLaunch]:
 
 
 def shared_both_ways(target: str) -> list[int]:
-    """Compile the toy kernel only until shared memory is allocated, then fully. Return both shared memory sizes in bytes."""
+    """Compile the toy kernel twice, once only until shared memory is allocated. Return both shared memory sizes in bytes."""
     x = torch.empty(1024, 64, dtype=torch.bfloat16, device="meta")
     meta = {"D": 64, "BLOCK": 64, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
     arguments = x, x, x, x.stride(0), 1024
@@ -209,7 +209,7 @@ def test_missing_and_excessive_shared_memory_is_named(monkeypatch):
 
 
 def test_shared_memory_equals_that_of_a_full_compilation():
-    """Stopping the compilation after allocation does not change the measured shared memory."""
+    """Stopping the compilation once shared memory is allocated does not change the measured size."""
     (stopped, complete) = in_subprocess("shared_both_ways", "sm_86")
     assert stopped == complete > 0
 

@@ -258,7 +258,7 @@ def check_size() -> None:
 
 
 def check_threads() -> None:
-    """Launches from several threads raise no errors, even while `compiled.known` overflows."""
+    """Launches from several threads raise no errors, even if `compiled.known` is full and is cleared."""
     from vix_kernels._triton import compiled
 
     compiled.MOST = 2

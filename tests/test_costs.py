@@ -1,4 +1,4 @@
-"""Tests of the counted costs of operators, the times predicted from these costs, and the tuning of launch configurations.
+"""Tests of operator costs, the times predicted from these costs, and the tuning of launch configurations.
 
 The tests need no GPU.
 """

@@ -40,7 +40,7 @@ def flash_rows() -> list[dict]:
 def keys() -> list[list[str]]:
     """Return the keys (`Launch.key`) of all launches in each of three calls, without compiling the kernels.
 
-    The second call has a different length than the first, and the third has a different head width.
+    The second call has a different number of tokens than the first, and the third has a different head width.
     """
     found = []
     for tokens, width in ((1024, 64), (777, 64), (1024, 32)):

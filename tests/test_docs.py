@@ -263,4 +263,4 @@ def test_figures_of_the_readme() -> None:
     assert f"a layer takes [{nystromformer} times as long](docs/benchmarks.md#integrations)" in text
     nystrom = next(line for line in table(CHOOSING, "Speed") if line[0] == "`nystrom_attention`")
     fraction = float(nystrom[-1].split(" / ")[0])
-    assert f"[{fraction:.1%} of the CPU time of softmax attention](docs/choosing.md#speed)" in text
+    assert f"[{100 * fraction:.1f} % of the CPU time of softmax attention](docs/choosing.md#speed)" in text

@@ -44,7 +44,7 @@ def tokens(dtype: torch.dtype = torch.float32) -> Tensor:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list:
     """Return a list that records the arguments of each call to the tiled feed-forward primitive.
 
-    Tiles have 4 tokens per thread. With one thread, the last of six tiles has one token.
+    Tiles have 4 tokens per thread. With one thread, the 21 tokens form six tiles, and the last tile has one token.
     """
     monkeypatch.setattr(tiled, "TOKENS_PER_THREAD", 4)
     monkeypatch.setattr(module, "MANY_CPU", 0)

@@ -1,4 +1,4 @@
-"""Tests of `make hosts`: a few of timm's tests, and the comparison of outcomes with expectations."""
+"""Tests of `make hosts`: run a few of timm's tests, and check that unexpected results are reported."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ def test_layers_with_a_large_error_keep_softmax(name: str) -> None:
 
 
 def test_a_part_of_a_model_keeps_softmax() -> None:
-    """All layers of the vision model keep softmax attention, also in a new model that is created from the configuration."""
+    """All layers of the vision model keep softmax attention. The same holds for a new model created from the configuration."""
     sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
     text = sizes | dict(vocab_size=50, bos_token_id=0, eos_token_id=1, max_position_embeddings=12)
     config = transformers.SiglipConfig(text_config=text, vision_config=sizes | dict(image_size=32, patch_size=8))
@@ -583,7 +583,7 @@ def test_values_that_are_not_finite_are_refused() -> None:
 
 
 def test_the_state_of_the_caller_is_kept() -> None:
-    """`linearize` does not change `.grad` or the training modes, even under torch.no_grad().
+    """`linearize` does not change `.grad` or the training modes. It can be called under torch.no_grad().
 
     Hooks that the caller registered earlier can still be removed.
     """
@@ -646,7 +646,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 def test_batches_that_processes_cannot_divide_are_refused(tmp_path: Path) -> None:
     """All processes raise the error, and the model keeps its softmax attention.
 
-    Samples with different numbers of tokens in the processes are not an error.
+    The number of tokens per sample may differ between processes.
     """
     multiprocessing.spawn(converting.refuse, (str(tmp_path),), nprocs=2)
     errors = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]

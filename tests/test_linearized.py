@@ -134,7 +134,7 @@ def test_arguments_of_timm_models_are_saved(arguments: dict[str, Any], tmp_path:
 def test_a_model_that_cannot_be_created_is_reported(tmp_path: Path) -> None:
     """`reason_against_creating` returns the same reason before and after the attention is replaced.
 
-    It returns an empty string for models with nn.MultiheadAttention, although load_linearized never creates them.
+    It returns no reason for models with nn.MultiheadAttention, although load_linearized cannot create them.
     """
     model = small_timm(act_layer=nn.ReLU)
     before = reason_against_creating(model)

@@ -21,7 +21,7 @@ EVERY_CASE: Cases = [(spec, case) for spec in SPECS.values() for case in spec.ca
 
 
 def few(*names: str) -> Cases:
-    """For each operator, return the cases with these names, or only the last case if there are none."""
+    """For each operator, return the cases with these names, or the last case if the operator has none of them."""
     found: Cases = []
     for spec in SPECS.values():
         found += [(spec, case) for case in spec.cases if case.name in names] or [(spec, spec.cases[-1])]
@@ -96,8 +96,8 @@ def check_budget(problem: Problem, backend: str, during: AbstractContextManager 
     """Check that every error is at most twice the sum of plain PyTorch's error and a rounding error.
 
     Errors are measured against a float64 reference. Plain PyTorch runs in the same precision as the operator. The rounding
-    error is relative to the norm of the result: eps of the dtype, or 1e-13 in float64, where plain PyTorch is the reference.
-    If the caller fills new memory with NaN (`poisoned`), the check also fails for elements that a kernel does not write.
+    error is the eps of the dtype (1e-13 for float64), multiplied by the norm of the result. If the caller fills new
+    memory with NaN (`poisoned`), the check also fails for elements that a kernel does not write.
     """
     spec = problem.spec
     exact = run(problem.double(), reference=True)

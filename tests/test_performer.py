@@ -170,7 +170,7 @@ def test_projection_blocks_are_orthogonal_with_requested_lengths() -> None:
 
 
 def test_projection_is_uniform_over_rotations() -> None:
-    """Every entry of a block must have mean 0. With Q of a plain QR decomposition, some diagonal means would be negative."""
+    """Every entry must have mean 0. With a plain QR decomposition, some diagonal entries would have negative means."""
     first = torch.stack([orthogonal_projection(4, 4, seed=seed, scaling="sqrt") for seed in range(2000)])
     assert (first.mean(0).abs() < 4 * 1 / math.sqrt(2000)).all()  # entries have variance 1
 

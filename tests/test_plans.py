@@ -34,7 +34,7 @@ FEW = [(spec, case) for spec, case in test_ops.few("masked", "rope_partial") if 
 
 
 class Unobserved:
-    """Replaces the module that launches compiled kernels. Tests run kernels in the interpreter."""
+    """Replaces the module that launches compiled kernels, because these tests run kernels in Triton's interpreter."""
 
     needs_triton = staticmethod(lambda: False)
 
@@ -325,7 +325,7 @@ def test_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checkpointed calls are not replayed, because a replay saves different tensors than the function."""
+    """Checkpointed calls are not replayed, because replays and other calls save different tensors for the backward pass."""
     x, y = leaves(4, 8)
     expected = passes(product, (x, y))
     make_ready(product, (x, y))
@@ -576,7 +576,7 @@ def test_calls_without_backward_passes() -> None:
 
 
 def test_many_calls_before_the_first_backward_pass() -> None:
-    """Calls in the layers of a model have the same signature. None is replayed before a backward pass has been recorded."""
+    """Calls by the layers of a model have the same signature. No call is replayed before a backward pass has been recorded."""
     x, y = leaves(4, 8)
     out = x
     for _ in range(12):

@@ -1,4 +1,4 @@
-"""Tests that bench/quality.py writes a plot and a CSV file, and that it rejects invalid arguments. The sizes are tiny."""
+"""Tests that bench/quality.py writes a plot and a CSV file, and that it rejects invalid arguments."""
 
 from __future__ import annotations
 

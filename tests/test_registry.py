@@ -1,4 +1,4 @@
-"""Tests that plain eager calls bypass the registered operators, that traces contain them, and that transforms are rejected."""
+"""Tests that plain eager calls bypass the registered operators, that traces contain them, and that vmap and jvp fail."""
 
 from __future__ import annotations
 

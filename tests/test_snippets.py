@@ -45,7 +45,7 @@ def make_photos(folder: Path) -> None:
 def run(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run the code blocks of a page in a separate process, with `folder` as the working directory.
 
-    The PATH includes the commands of this Python environment. If the page does not import timm, any import of timm fails.
+    PATH includes the scripts folder of this Python environment. If the page does not import timm, any import of timm fails.
     """
     commands = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
     environment = os.environ | {"PATH": commands, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}

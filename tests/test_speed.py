@@ -177,7 +177,7 @@ def test_times_are_measured_with_the_given_clock() -> None:
 
 
 def test_short_functions_are_repeated() -> None:
-    """The warm-up call takes 2 seconds on the fake clock, so 10 calls are expected to take 20 seconds."""
+    """The warm-up call takes 2 seconds on the fake clock, so each round of 20 seconds makes 10 calls."""
     ticks, calls = iter(range(100)), []
     times = in_turns({"a": lambda: calls.append(next(ticks))}, rounds=2, seconds=20, clock=lambda: float(next(ticks)))
     assert len(calls) == 1 + 2 * 10 and times["a"].samples == (1100.0, 1100.0)
@@ -186,7 +186,7 @@ def test_short_functions_are_repeated() -> None:
 class Looped(nn.Module):
     """A model that calls `first` with all tokens and then with 16 tokens, and never calls `second`.
 
-    It raises an error in call number `fails`.
+    Call number `fails` raises an error.
     """
 
     def __init__(self) -> None:

@@ -80,7 +80,7 @@ def test_views_count_only_their_elements() -> None:
 
 
 def test_pytorch_operators_count() -> None:
-    """PyTorch operators that move data are counted, too: casts, sums, copies, products, and in-place products."""
+    """PyTorch operators that read or write data are counted, too, for example casts, copies, sums and multiplications."""
 
     def function(x: Tensor) -> Tensor:
         wide = x.view(30).reshape(10, 3).to(torch.float64).to(torch.float64)

@@ -210,9 +210,10 @@ def test_undecodable_file_names_are_printed(run: Path, tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("mixer", ["vit", "vip", "vin", "vil"])
 def test_the_attention_map_is_the_row_of_the_class_token(mixer: str) -> None:
-    """The weights equal those of `attention_weights` and, for softmax attention, softmax(q k^T / sqrt(D)).
+    """The weights equal the result of `attention_weights`.
 
-    The product of the weights and v equals the attention output without the residual convolution.
+    For softmax attention, they equal the first row of softmax(q k^T / sqrt(D)). The product of the weights and v equals the
+    attention output without the residual convolution.
     """
     torch.manual_seed(0)
     model = create_model(mixer, img_size=8, in_chans=1, patch_size=2, embed_dim=32, depth=1, num_heads=2).eval()

@@ -119,7 +119,7 @@ def test_a_run_can_branch_from_another(full_run: Path, tmp_path: Path) -> None:
 def test_a_branch_ignores_a_best_checkpoint_of_later_epochs(full_run: Path, tmp_path: Path) -> None:
     """A branch is a resumed run that writes to a different folder.
 
-    The branch uses the best.pt of the old folder only if it was written at the best epoch of the resumed history.
+    The branch ignores best.pt in the old folder if that file is from a later epoch than the resumed checkpoint.
     """
     start = load_checkpoint(full_run)
     start["history"], start["epoch"] = start["history"][:1], 1

@@ -68,7 +68,7 @@ def files() -> list[Path]:
 
 
 def private_words(text: str) -> list[tuple[int, str]]:
-    """Return each word in `text` that is listed in PRIVATE, as a pair (line number, word). A phrase may span two lines."""
+    """Find the words and phrases of PRIVATE in `text`. Return pairs (line number, word). A phrase may span two lines."""
     # Names in snake_case are split without changing the length, so that positions in `split` are also positions in `text`.
     split = re.sub(r"(?<=[A-Za-z0-9])_(?=[A-Za-z0-9])", " ", text)
     words = "|".join(re.escape(word).replace(r"\ ", r"\s+(?:#\s*)?") for word in sorted(PRIVATE, key=len, reverse=True))

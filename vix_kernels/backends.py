@@ -71,7 +71,7 @@ def reason_against_gpu() -> str | None:
 
 @cache
 def gpu_architecture(index: int) -> str:
-    """Return the name of a GPU's instruction set, such as "sm_90" or "gfx942"."""
+    """Return the architecture of a GPU, such as "sm_90" or "gfx942"."""
     properties = torch.cuda.get_device_properties(index)
     return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
 

@@ -113,7 +113,7 @@ def describe(values: Iterable[Any], key: list[Any], tensors: list[Tensor]) -> bo
 
 
 def replace_tensors(values: Iterable[Any], tensors: Iterator[Tensor]) -> list[Any]:
-    """Return `values` with their tensors replaced by `tensors`, in the order of `describe`."""
+    """Return `values` with their tensors replaced by `tensors`, in the order in which `describe` lists them."""
     results = []
     for x in values:
         if isinstance(x, Tensor):

@@ -87,7 +87,7 @@ class Recorder(TorchDispatchMode):
         return Place(location, x.dtype, tuple(x.shape), x.stride())
 
     def is_new(self, place: Place) -> bool:
-        """Return whether this pass has created the tensor at `place`."""
+        """Return whether the pass that is being recorded has created the tensor at `place`."""
         base = place.location.base
         return base >= self.old and self.bases[base].kind in ("allocation", "result")
 
@@ -147,9 +147,9 @@ class Recorder(TorchDispatchMode):
     def saved(self, results: Iterable[Tensor]) -> list[int]:
         """Return the indices of the bases that the autograd graph of `results` saves for the backward pass.
 
-        If saved tensors require gradients, but none of these tensors is an argument, `reason` is set, so the call is not
-        replayed. In a replay, saved arguments keep their autograd graph, and other saved tensors do not. Without a saved
-        argument that requires a gradient, double backward would not raise an error, although it is not supported.
+        If saved tensors require gradients, but none of them is an argument, set `reason`, so that the call is not replayed. In
+        a replay, only saved arguments keep their autograd graph. Without one, double backward, which is not supported, would
+        raise no error.
         """
         nodes, seen, found, requires_grad = [x.grad_fn for x in results], {None}, {}, False
         while nodes:

@@ -72,11 +72,11 @@ def results(problem: Problem, **how: object) -> list[Tensor]:
 
 
 def against_float64(problem: Problem) -> tuple[str, float]:
-    """Check the errors of the Triton results against a float64 reference.
+    """Check the Triton results against a float64 reference.
 
-    The limit is twice the sum of the error of plain PyTorch in the input dtype and the rounding error of this dtype. Return an
-    error message or "", and the largest ratio of an error to its limit. If the check fails, return the first ratio above 1
-    instead.
+    The error limit is twice the sum of the error of plain PyTorch in the input dtype and the rounding error of this dtype.
+    Return an error message or "", and the largest ratio of an error to its limit. If the check fails, return the first ratio
+    above 1 instead.
     """
     exact = results(problem.double(), reference=True)
     plain = results(problem, reference=True)
@@ -94,7 +94,10 @@ def against_float64(problem: Problem) -> tuple[str, float]:
 
 
 def repeats(problem: Problem) -> tuple[str, float]:
-    """Check that repeated calls return bit-identical results. Return an error message or "", and how many calls differ."""
+    """Check that repeated calls return bit-identical results.
+
+    Return an error message or "", and the number of results that differ from the first.
+    """
     first = results(problem, backend="triton")
     repetitions = 10 if first[0].is_cuda else 1
     different = sum(not _equal(first, results(problem, backend="triton")) for _ in range(repetitions))
@@ -122,7 +125,7 @@ def graph(problem: Problem) -> tuple[str, float]:
 def streams(problem: Problem) -> tuple[str, float]:
     """Check ten times that two calls on concurrent streams return the same results as two calls one after the other.
 
-    Return an error message or "", and how many of the ten checks fail.
+    Return an error message or "", and the number of failed checks.
     """
     other = problem.map(lambda x: x.detach() * 0.75)
     alone = [results(each, backend="triton") for each in (problem, other)]

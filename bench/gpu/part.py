@@ -36,8 +36,7 @@ class Plan:
 
     Attributes:
         dry: whether to use tiny sizes in Triton's interpreter.
-        deadline: the value of time.monotonic() at which the part ends. Jobs that have not started by then are skipped, and
-            their rows say so.
+        deadline: a value of time.monotonic(). Jobs that have not started by then are skipped, and their rows say so.
         first: number of the first job to run. Earlier jobs ran in a previous process.
         eager: whether to run the first job without a CUDA graph.
         begin: function that is called with the number and name of each job before the job runs.
@@ -60,7 +59,7 @@ class Plan:
         return time.monotonic() > self.deadline
 
     def finish(self, command: Iterable[str], **how: Any) -> tuple[int | None, str]:
-        """Run a command and return its exit status and output. The status is None if the deadline ended the command."""
+        """Run a command and return its exit status and output. The status is None if the command was killed at the deadline."""
         with tempfile.TemporaryFile("w+", errors="replace") as log:
             try:
                 seconds = max(0.0, self.deadline - time.monotonic())

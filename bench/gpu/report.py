@@ -1,4 +1,4 @@
-"""Write the output files of a GPU run: a summary, all results as JSON, tables as CSV, and archives of pictures and logs."""
+"""Write the output files of a GPU run: a summary, all results as JSON, tables as CSV, and zip archives of plots and logs."""
 
 from __future__ import annotations
 
@@ -137,18 +137,24 @@ def summary(machine: Row, outcomes: list[Outcome], problems: list[str]) -> str:
 
 
 def tuned(rows: list[Row]) -> list[str]:
-    """Return a Markdown table with one row per launch-table key. The last column contains the better tile, if any."""
+    """Return a Markdown table with one row per launch-table key.
+
+    The last column contains the best tile if it differs from the current one.
+    """
     body = []
     for row in (row for row in rows if row["status"] == "ok"):
         tile = " ".join(f"{name}={value}" for name, value in row["best"].items()) if row["best"] != row["present"] else ""
         figures = (figure(row[name], 4) for name in ("present_ms", "best_ms", "tried"))
         body.append([f"{row['kernel']} {row['bits']} {row['width']}", *figures, tile])
-    headings = ["kernel, bits, width", "current ms", "best ms", "tried", "better tile"]
+    headings = ["kernel, bits, width", "current ms", "best ms", "tried", "best tile"]
     return ["", "## Tuning", "", *markdown(headings, body)] if body else []
 
 
 def times(rows: Iterable[Row]) -> list[str]:
-    """Return a Markdown table with one row per operator, dtype, shape and direction, and one column per provider."""
+    """Return a Markdown table of device times in milliseconds.
+
+    It has one row per operator, dtype, shape and direction, and one column per provider (see measure/providers.py).
+    """
     timed = [row for row in rows if row.get("device_ms") is not None]
     providers = list(dict.fromkeys(row["provider"] for row in timed))
     found = {(*(row[name] for name in TIMES), row["provider"]): row for row in timed}

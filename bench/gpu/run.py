@@ -9,6 +9,9 @@
   training     train for a short time on each available dataset
   sanitizer    run compute-sanitizer on a small call to each operator
 
+The parts run one after the other, each in a separate process with a time limit. Each part consists of jobs, such as checks or
+measurements.
+
 The folder OUT receives summary.md, results.json, timing.csv, models.csv, correctness.csv, tune.csv, logs.zip and pictures.zip.
 All except pictures.zip are written after every part, and every {noted} seconds while a part runs. pictures.zip is written at
 the end. The summary names everything that was skipped for lack of time, memory or a package. It also names every job whose
@@ -17,12 +20,11 @@ process unusable, the new process first repeats the job without a graph. A part 
 before any of their jobs succeeds.
 
 Exit status: 0 on success; {failed} if a part failed or the run was stopped; {usage} for wrong arguments; {unavailable} if the
-kernels cannot run on this machine or the GPU has too little memory. In this case, one line says why.
+kernels cannot run on this machine or the GPU has too little memory. With status {unavailable}, the script prints
+one line with the reason.
 
 To keep a run, copy OUT to bench/results/<gpu-slug>/<YYYY-MM-DD>-<commit>/, such as bench/results/h100-sxm/2026-01-31-1a2b3c4/,
 and commit it. `vix dev roofline` then prints the measured times next to the predicted times.
-
-The parts run one after the other, each in a separate process with a time limit.
 """
 
 from __future__ import annotations

@@ -39,9 +39,9 @@ def rows(plan: Plan) -> Iterator[Job]:
 
 
 def run(selection: tuple[str, ...], plan: Plan) -> Iterator[Row]:
-    """Run pytest once. Yield a row for each failed test and a row with the counts.
+    """Run pytest once. Yield a row for each failed test, and a row with the numbers of passed, failed and skipped tests.
 
-    If time runs out, only finished tests count.
+    If time runs out, unfinished tests are omitted.
     """
     if not find_spec("pytest"):
         yield skipped("pytest is not installed")

@@ -1,7 +1,7 @@
 """CCT, CCN and CCP: compact transformers with softmax, Nystrom and Performer attention.
 
-image -> n_conv_layers x [convolution, ReLU, max pooling] -> position
-      -> num_layers x block -> norm -> learned weighted mean -> linear
+image -> n_conv_layers * [convolution, ReLU, max pooling] -> position
+      -> num_layers * block -> norm -> sequence pooling -> linear
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""LeViN and LeViP: convolutions and residual layers that process feature maps, without normalization."""
+"""LeViN and LeViP: LeViT variants with Nystrom and Performer attention on feature maps, without normalization."""
 
 from __future__ import annotations
 

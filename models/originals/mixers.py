@@ -87,11 +87,11 @@ class SoftmaxAttention(Mixer):
 class NystromAttention(Mixer):
     """The attention layer of ViN, without dropout.
 
-    The pseudo-inverse has six iterations, and the convolution of the values covers 33 tokens. The front of the sequence is
-    padded with all-zero tokens to a multiple of the number of landmarks. The softmax, the landmarks and the rotary embedding
-    treat these tokens like all other tokens. For example, a class token and 1024 pixels are padded with 63 all-zero tokens, so
-    the class token is rotated as the 64th token. The pseudo-inverse is initialized with a maximum over the batch, so the output
-    for a sample depends on the rest of its batch.
+    The pseudo-inverse is computed in six iterations, and the convolution of the values has kernel size 33. The sequence is
+    padded at the front with all-zero tokens to a multiple of the number of landmarks. The softmax, the landmarks and the rotary
+    embedding treat these tokens like all other tokens. For example, a class token and 1024 other tokens are padded with 63
+    all-zero tokens, so the class token is rotated as the 64th token. The initial value of the pseudo-inverse is divided by the
+    largest row and column sums in the batch, so the output for a sample depends on the other samples.
 
     nystrom_attention does not support fewer tokens than landmarks. In this case, the reference implementation runs.
     """
@@ -215,8 +215,8 @@ class RandomFeatures(nn.Module):
 
     phi(x) = (exp(w x - |x|^2 / 2 - maximum) + 1e-4) / sqrt(m), for m features, where x is q or k times d^(-1/4). For a query,
     `maximum` is the largest w x over its features. For keys, it is the largest w x over all features, keys, heads and samples,
-    so the output for a sample depends on the rest of its batch. Gradients flow through both maxima. The projection matrix is
-    saved with the weights and never redrawn.
+    so the output for a sample depends on the other samples. Gradients flow through both maxima. The projection matrix is saved
+    with the weights and never redrawn.
     """
 
     def __init__(self, dim_head: int) -> None:

@@ -1,10 +1,9 @@
-"""The original models with the structure of ViT: ViT, ViL, ViP, ViN and FNet, and their hybrid, rotary and "wheel_" variants.
+"""The original models with the structure of ViT: ViT, ViL, ViP, ViN and FNet, and their hybrid and rotary variants.
 
-    image -> stem -> class token, position -> depth x [x + mixer(norm(x)), x + feed_forward(norm(x))] -> pool -> norm -> linear
+    image -> stem -> class token, position -> depth * [x + mixer(norm(x)), x + feed_forward(norm(x))] -> pool -> norm -> linear
 
-`ViX` is the class of all these models. The functions below it create the token mixers and the stems. The constructor
-arguments of an original model are the keyword-only parameters of `ViX`, except `backend`, and those of the function that
-creates the mixer.
+`ViX` is the class of all these models. The functions below it create the token mixers and the stems. The constructor of an
+original model accepts the keyword-only parameters of `ViX` (except `backend`) and of the function that creates the mixer.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ POOLS = ("cls", "mean")
 
 
 class RotaryTable(nn.Module):
-    """A rotary table. Row t contains the sines and then the cosines of t * 10000^(-2i / dim_head).
+    """A rotary table. Row t contains the sines and then the cosines of t * 10000^(-2i / dim_head) for 0 <= i < dim_head / 2.
 
     The table is saved with the weights, as in the original.
     """
@@ -180,7 +179,7 @@ def patches(channels: int, height: int, width: int, dim: int) -> nn.Module:
 
 
 def normed_patches(channels: int, height: int, width: int, dim: int) -> nn.Module:
-    """Create the stem of the "wheel_" models: a linear layer between two norms.
+    """Create the stem of the models in the vision_xformer package: a linear layer between two norms.
 
     The first norm is over the values of one patch. With patch_size=1, these values are the 3 channels of a pixel, so all
     gray images have the same logits.

@@ -1,7 +1,7 @@
 """Definitions of every public op in float64, written from the papers. They share no code with the library.
 
-The definitions materialize all matrices of attention weights. All tensors are float64. Masks are bool and True for valid
-tokens. Masked tokens must be finite, so callers fill them with zeros.
+The definitions materialize all matrices of attention weights. Masks are bool and True for valid tokens. Masked tokens must
+be finite, so callers fill them with zeros.
 """
 
 from __future__ import annotations
@@ -196,9 +196,9 @@ def adaptive(size: int, count: int) -> list[range]:
 
 
 def nearest_grid(count: int, rows: int, columns: int) -> tuple[int, int] | None:
-    """Return the pair (a, b), with a * b = `count`, for which a x b cells in the grid are closest to squares.
+    """Divide the grid into `count` cells that are as square as possible. Return the numbers of cell rows and cell columns.
 
-    Return None if no pair fits the grid.
+    Return None if there is no such division.
     """
     fits = [(a, count // a) for a in range(1, rows + 1) if count % a == 0 and count // a <= columns]
     return min(fits, key=lambda fit: abs(math.log((rows / fit[0]) / (columns / fit[1]))), default=None)

@@ -47,7 +47,7 @@ TINY = dict(embed_dim=8, depth=1, num_heads=1, patch_size=4, img_size=8, num_cla
 
 
 class Hang(BaseException):
-    """Raised if reading takes too long. It is a BaseException, because readers convert exceptions to documented errors."""
+    """Raised if reading takes too long. It is not a subclass of Exception, because some readers catch Exception."""
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ def damaged(content: bytes, path: Path, kind: str, draws: random.Random, marker:
 
 
 def evil_member(content: bytes, marker: str) -> bytes:
-    """Return a file that contains a pickled `Evil`.
+    """Return the content of a file with a pickled `Evil`.
 
     If `content` is an .npz dataset or a checkpoint, its format is kept. Otherwise, the result is a pickled dict.
     """
@@ -293,7 +293,7 @@ STRANGE: tuple[Any, ...] = (None, -1, 10**12, 1.5, float("nan"), "nope", "", b"x
 
 
 def other_values(content: bytes, path: Path, draws: random.Random) -> bytes:
-    """Return a copy of `content` with one value removed or changed, in the same format.
+    """Return a copy of `content` with one value removed or changed.
 
     In YAML, CSV and text files, one line is replaced, which may break the format. In unknown formats, the bytes are reversed.
     """

@@ -62,7 +62,7 @@ class Case:
     queries: int | None = None  # default: tokens
     width: int = 16
     value_width: int | None = None  # default: width
-    features: int = 4  # number of random features, landmarks, agents, or projected tokens
+    features: int = 4  # number of random features, landmarks, agents, or projected keys
     pattern: str = "normal"  # distribution of q and k
     magnitude: float = 1.0
     value_magnitude: float = 1.0
@@ -292,7 +292,7 @@ def rotation(case: Case, draw: Draw) -> tuple[dict[str, Tensor], Callable, Calla
 def attention(
     op: str, case: Case, draw: Draw, mask: Tensor | None
 ) -> tuple[dict[str, Tensor], dict[str, Any], Callable[[dict[str, Tensor], How], Tensor]]:
-    """Return the inputs and the definition of an op.
+    """Return the additional inputs, the options and the definition of the operator `op`.
 
     Returns:
         The tensors other than q, k and v; the options of the library's function; and a function that evaluates the definition.
@@ -626,9 +626,9 @@ def check(case: Case) -> list[str]:
 def compared(trial: Trial, actual: Results, plain: Results) -> list[str]:
     """Return a message for each sample of a result whose error exceeds the budget.
 
-    Where large logits are nearly equal, one rounding error can change the whole result, and the reference may have a small
+    Where large logits are nearly equal, one rounding error can change the whole result, and plain PyTorch may have a small
     error only by chance. A failed comparison is therefore repeated with more simulated rounding errors, and with the errors of
-    the reference on nearby inputs (the inputs perturbed by one rounding error). Non-finite results are always reported. Other
+    plain PyTorch on nearby inputs (the inputs perturbed by one rounding error). Non-finite results are always reported. Other
     failures are reported only if they also occur for most nearby inputs.
     """
     exact = trial.exact(trial.tensors)

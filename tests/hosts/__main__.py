@@ -60,7 +60,7 @@ def source(package: str) -> Path:
 
 
 def run(name: str, suite: Suite, folder: Path, arguments: list[str]) -> int:
-    """Run a suite, print a summary and the unexpected results, and return the number of problems."""
+    """Run a suite, print a summary and all problems, and return the number of problems."""
     failed, passed = outcomes(name, suite, folder, suite.settings, arguments)
     before = outcomes(f"{name}-before", suite, folder, suite.before, arguments)[0] if suite.before is not None else set()
     excused = {test: expected for test in failed for expected in suite.expected if expected.covers(test)}

@@ -38,9 +38,9 @@ def aggregate_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return values (B, H, M, E) and three tensors (B, H, M): lse, row_max and total.
 
-    The key bias b_n is -|scale k_n|^2 / 2 if gaussian, else 0. The logits l_jn are in base 2. row_max_j is the largest logit of
-    slot j, total_j = sum_n exp2(l_jn - row_max_j), and lse_j = row_max_j + log2 total_j. A masked key has b_n = -inf and is
-    read as 0, even if it is NaN. A slot without valid keys has values 0, lse -inf and total 0.
+    The key bias b_n is -|scale k_n|^2 / 2 if gaussian, else 0. The logits are l_jn = (scale p_j . k_n + b_n) log2(e).
+    row_max_j is the largest logit of slot j, total_j = sum_n exp2(l_jn - row_max_j), and lse_j = row_max_j + log2 total_j. A
+    masked key has b_n = -inf and is read as 0, even if it is NaN. A slot without valid keys has values 0, lse -inf and total 0.
     """
     all_slots = expand_slots(slots, k)
     rope = Rotation(rotary, all_slots.dtype)
@@ -92,10 +92,10 @@ def aggregate_backward(
     dl_jn = P_jn (dvalues_j . (v_n - values_j) + dlse_j / ln 2)    dv_n = sum_j P_jn dvalues_j
     dk_n = s sum_j dl_jn p_j - s^2 k_n sum_j dl_jn (second term only if gaussian)    dp_j = s sum_n dl_jn k_n
 
-    Here s = scale, and dl_jn is the gradient of the logit in base e. With the same number of threads, the base-2 logits l_jn
-    are bit-identical to those of the forward pass, because both passes call `_key_logits` with the same arguments. Therefore,
-    the probabilities P_jn = exp2(l_jn - row_max_j) / total_j sum to 1, even for large logits. The function divides dvalues and
-    dlse by total_j in advance.
+    Here s = scale, and dl_jn is the gradient with respect to s p_j . k_n + b_n. With the same number of threads, the logits
+    l_jn are bit-identical to those of the forward pass, because both passes call `_key_logits` with the same arguments.
+    Therefore, the probabilities P_jn = exp2(l_jn - row_max_j) / total_j sum to 1, even for large logits. Instead of dividing
+    every exponential by total_j, the function divides dvalues and dlse by total_j before the loop over tokens.
     """
     all_slots = expand_slots(slots, k)
     scaled, rope = all_slots * scale, Rotation(rotary, all_slots.dtype)
@@ -143,7 +143,7 @@ def aggregate_backward(
 def _key_logits(
     p: Tensor, keys: Tensor, tile: Tile, mask: Tensor | None, scale: float, gaussian: bool, square: Scratch, rows: Scratch
 ) -> Tensor:
-    """Return l_jn for a tile, (pairs, M, tokens), in base 2. A pair is a sample and a head.
+    """Return the logits l_jn (pairs, M, tokens) of a tile. A pair is a sample and a head.
 
     The forward and backward passes need bit-identical logits.
     """
@@ -152,7 +152,7 @@ def _key_logits(
 
 
 def _key_bias(keys: Tensor, tile: Tile, mask: Tensor | None, scale: float, gaussian: bool, rows: Scratch) -> Tensor:
-    """Return b_n for a tile, (pairs, tokens), in base 2."""
+    """Return a tensor (pairs, tokens): b_n log2(e) for each key of a tile."""
     if gaussian:
         bias = torch.mul(keys, keys, out=rows(*keys.shape)).sum(-1).mul_(-0.5 * scale**2 * LOG2E)
         bias += bias - bias  # turns -inf into NaN if the square overflows, because -inf would mask the key

@@ -79,7 +79,7 @@ def broadcast_backward(
     dg_nj = P_nj dout_n . (values_j - out_n)    dvalues_j = sum_n P_nj dout_n
     dq_n = s sum_j dg_nj p_j    dp_j = s sum_n dg_nj q_n    da_j = ln 2 sum_n dg_nj
 
-    The function recomputes the softmax, and does not read `out` and `statistics`. It computes dout_n . out_n as
+    The function recomputes the softmax and does not read `out` or `statistics`. It computes dout_n . out_n as
     sum_j P_nj dout_n . values_j, not from `out`, which may be rounded to 16 bits. Therefore, sum_j dg_nj = 0 up to rounding
     errors, and dq is accurate even if slots have a large common mean.
     """

@@ -76,6 +76,9 @@ def linear_aggregate_backward(
 
 
 def _valid_factor(mask: Tensor, tile: Tile, like: Tensor) -> Tensor:
-    """Return 1 for each valid key of a tile and 0 for each masked key, (pairs, tokens, 1). A pair is a sample and a head."""
+    """Return a tensor (pairs, tokens, 1): 1 for each valid key of a tile, 0 for each masked key.
+
+    A pair is a sample and a head.
+    """
     rows = valid_tokens(mask, tile).to(like.dtype)
     return rows.expand(-1, like.shape[0] // len(rows), -1).flatten(0, 1).unsqueeze(2)

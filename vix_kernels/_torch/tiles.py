@@ -153,7 +153,7 @@ def flat(x: Tensor, where: Group | Tile) -> Tensor:
 
 
 def read(x: Tensor, where: Group | Tile, mask: Tensor | None, rope: Rotation | None = None) -> Tensor:
-    """Return the tokens of a group or a tile, (pairs, tokens, width). Masked tokens are 0, and `rope` is applied."""
+    """Return the tokens (pairs, tokens, width) of a group or a tile. Masked tokens are 0, and `rope` is applied."""
     rows = wide(x[where])
     if mask is not None:
         rows = rows.masked_fill(~valid_tokens(mask, where)[..., None], 0.0)
@@ -163,7 +163,7 @@ def read(x: Tensor, where: Group | Tile, mask: Tensor | None, rope: Rotation | N
 
 
 def valid_tokens(mask: Tensor, where: Group | Tile) -> Tensor:
-    """Return the mask of a group or a tile, (samples, 1, tokens)."""
+    """Return the mask (samples, 1, tokens) of a group or a tile."""
     return mask[(where[0], *where[2:])][:, None]
 
 
@@ -209,7 +209,7 @@ def expand_slots(slots: Tensor, x: Tensor) -> Tensor:
 
 
 def at_least_one(total: Tensor) -> Tensor:
-    """Return `total` with zeros replaced by 1. Other sums are at least 1, because their largest exponential is exactly 1."""
+    """Return `total` with zeros replaced by 1. A nonzero total is at least 1, because one of its terms is exp(0)."""
     return total.clamp(min=1)
 
 

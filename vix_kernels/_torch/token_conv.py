@@ -1,8 +1,8 @@
-"""Depthwise convolution over tokens in plain PyTorch, computed as products of a banded matrix and blocks of tokens.
+"""Depthwise convolution over tokens in plain PyTorch, computed as products of a banded Toeplitz matrix and windows of tokens.
 
-BLOCK consecutive output tokens depend on a window of BLOCK + taps - 1 input tokens. One batched product with a Toeplitz matrix
-computes all blocks of one head, for as many samples as fit in the caches. Products and sums are computed in float32 (float64
-for float64 inputs).
+A block of BLOCK consecutive output tokens depends on a window of BLOCK + taps - 1 input tokens. One batched product with this
+matrix computes all blocks of one head, for as many samples as fit in the caches. Products and sums are computed in float32
+(float64 for float64 inputs).
 
 Shapes: v (B, H, N, E); weight (H, 1, taps, 1) with an odd number of taps; mask bool (B, N). Outputs have the same memory layout
 as v.
@@ -90,7 +90,7 @@ def _weight_gradient(dout: Tensor, v: Tensor, weight: Tensor, mask: Tensor | Non
 
 
 def _bands(weight: Tensor) -> Tensor:
-    """Return the Toeplitz matrix of each head, (H, BLOCK, BLOCK + taps - 1), with w_u in column i + u of row i."""
+    """Return the Toeplitz matrices (H, BLOCK, BLOCK + taps - 1) of all heads, with w_u in column i + u of row i."""
     num_heads, _, taps, _ = weight.shape
     bands = weight.new_zeros(num_heads, BLOCK, BLOCK + taps - 1)
     head, row, column = bands.stride()

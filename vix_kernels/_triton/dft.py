@@ -11,8 +11,8 @@ cosines and sines, the second kernel sums over channels, and the third kernel su
 This takes little time, because the size of the tables does not depend on the batch size. A cache of tables would need to handle
 streams and CUDA graphs.
 
-Zeros pad the intermediate result to a multiple of BLOCK_K rows per sample, so the loop of the third kernel needs no masks. A
-tile may contain rows of several samples (in the second kernel) or columns of several samples (in the third kernel).
+The intermediate result is zero-padded to a multiple of BLOCK_K rows per sample, so the loop in the third kernel needs no masks.
+A tile may contain rows of several samples (in the second kernel) or columns of several samples (in the third kernel).
 """
 
 from __future__ import annotations

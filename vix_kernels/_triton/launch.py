@@ -141,7 +141,7 @@ def launch_config(kernel: str, tokens: Tensor, width: int, slots: Tensor, heavy:
         tokens: the tokens, (batch, heads, tokens, channels) or (batch, tokens, channels).
         width: width to look up in the launch table, for example the larger of the head widths of keys and values.
         slots: the slots. Only their dtype is used.
-        heavy: whether to prefer the entry `{kernel}_heavy`, for launches that need more registers. By default, True if slots
+        heavy: whether to prefer the entry `{kernel}_heavy`, for launches that need many registers. By default, True if slots
             have the tokens' dtype.
     """
     split = slots.element_size() > tokens.element_size()
@@ -160,8 +160,8 @@ def find_config(
 ) -> LaunchConfig:  # fmt: skip
     """Look up a launch configuration.
 
-    Results are cached, except while a measurement overrides the settings of launches. The launch table must not change after
-    the first launch.
+    Results are cached, except while a measurement overrides the launch settings. The launch table must not change after the
+    first launch.
     """
     arch = architecture(device)
     _, tile = find_tile(arch, kernel, dtype.itemsize * 8, width, heavy=heavy)
@@ -169,7 +169,7 @@ def find_config(
 
 
 def is_heavy(tokens: Tensor, slots: Tensor, rotary: Rotary | None) -> bool:
-    """Return whether a launch needs more registers, because it uses RoPE or its slots have the tokens' dtype."""
+    """Return whether a launch uses RoPE or has slots in the tokens' dtype. Such launches need many registers."""
     return rotary is not None or slots.dtype == tokens.dtype
 
 
@@ -181,7 +181,7 @@ def kernel_name(entry: str) -> str:
 def find_tile(arch: str, kernel: str, bits: int, width: int, heavy: bool) -> tuple[Key, Tile]:
     """Return the key in the launch table and the tile of `kernel` on `arch`.
 
-    If `heavy`, prefer the entry `{kernel}_heavy`, for launches that need more registers. If the entry with a suffix (see
+    If `heavy`, prefer the entry `{kernel}_heavy`, for launches that need many registers. If the entry with a suffix (see
     VARIANTS) does not exist, the entry without the suffix is used. An entry with a suffix in TABLE takes precedence over an
     entry without a suffix in OVERRIDES.
     """

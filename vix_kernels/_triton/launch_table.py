@@ -40,7 +40,7 @@ def _entries(tiles: dict[tuple[str | int, ...], Tile]) -> dict[Key, Tile]:
     return entries
 
 
-# A suffix marks an entry for a variant of a kernel. Entries "..._heavy" are for launches that need more registers. By default,
+# A suffix marks an entry for a variant of a kernel. Entries "..._heavy" are for launches that need many registers. By default,
 # a launch is heavy if its slots have the tokens' dtype, for example because they are computed from tokens. For
 # broadcast_forward and broadcast_tokens, a launch with RoPE is also heavy. For aggregate_tokens, a launch with more than 128
 # slots or with float16 is also heavy. For broadcast_slots, a launch is heavy if it uses RoPE or computes dslots, and the dtype

@@ -62,7 +62,7 @@ def load_state(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PROJECTED: tl.constexpr, ELU: tl.constexpr, SPLIT: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Return two operands for logits, two operands for values, and the norms of a tile of slots.
+    """For a tile of slots, return two operands for logits (see load_operands), two operands for values, and the norms.
 
     The norms are divided by `largest`. The values are sums / largest. In float16, whose range is too small for sums / largest,
     the values are the means sums / norms. For 16-bit tokens, the two operands for values are the rounded values and the

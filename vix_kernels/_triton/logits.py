@@ -1,8 +1,8 @@
 """Device functions for the logits of softmax attention between tokens and slots (see primitives/aggregate.py).
 
-A kernel computes one exponential per logit. In the time of one exponential, a multiprocessor issues about eight instructions,
-so every instruction per logit counts. Where possible, these functions work per slot or per token instead of per logit, or use
-matrix instructions.
+A kernel computes one exponential per logit. In the time that one exponential takes, a multiprocessor issues about eight
+instructions, so every instruction per logit counts. Where possible, these functions work per slot or per token instead of per
+logit, or use matrix instructions.
 
 If slots are float32 and tokens are 16-bit (SPLIT), each tile of slots is split into two 16-bit tiles when it is loaded. With
 FOLD, the tile is first multiplied by scale * log2(e), and vectors, such as biases, are added by a matrix product. With SPLIT,

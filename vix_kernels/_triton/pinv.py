@@ -149,8 +149,8 @@ def pinv_backward_kernel(
 ):  # fmt: skip
     """Compute dq, dk and dvalues for all heads of all samples.
 
-    To backpropagate through an iteration, the kernel needs the Z before the iteration. If IN_MEMORY, it recomputes this Z from
-    Z_0 or from the Z that it saved before the middle iteration. Otherwise, it stores every Z in `history`. For PARTS, see
+    To backpropagate through an iteration, the kernel needs Z, the input of the iteration. If IN_MEMORY, it recomputes this Z
+    from Z_0 or from the Z that it saved before the middle iteration. Otherwise, it stores every Z in `history`. For PARTS, see
     pinv_registers.parts.
     """
     landmarks = tl.arange(0, SIZE)

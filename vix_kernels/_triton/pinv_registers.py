@@ -75,7 +75,7 @@ def polynomial(a, z, COMPUTE: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def advance(a, z, COMPUTE: tl.constexpr, PARTS: tl.constexpr):
-    """Return the Z after an iteration. `z` is the Z before it."""
+    """Return the next Z, computed from A and the current Z."""
     _, y = polynomial(a, z, COMPUTE, PARTS)
     return 3.25 * z - 0.25 * product(y, z, COMPUTE, PARTS)
 
@@ -96,7 +96,7 @@ def normalize(dz, size, PARTS: tl.constexpr):
 
 @triton.jit
 def differentiate(memory, a, z, dz, SIZE: tl.constexpr, COMPUTE: tl.constexpr, PARTS: tl.constexpr):
-    """Backpropagate through an iteration. `z` is the Z before it, and `dz` is the gradient of the Z after it.
+    """Backpropagate through the iteration that computes the next Z from `z`. `dz` is the gradient of the next Z.
 
     Return the gradient of `z`, and the contribution of the iteration to dA. X and Y are symmetric up to rounding, so they are
     not transposed.
@@ -123,7 +123,7 @@ def differentiate(memory, a, z, dz, SIZE: tl.constexpr, COMPUTE: tl.constexpr, P
 
 @triton.jit
 def advance_all(memory, history, iterations, SIZE: tl.constexpr, COMPUTE: tl.constexpr, PARTS: tl.constexpr):
-    """Run all iterations. Replace Z in `memory` with the result, and store the Z before each iteration in `history`."""
+    """Run all iterations. Replace Z in `memory` with the result, and store the input of each iteration in `history`."""
     a, z = tl.load(part(memory, A, 0, 0, SIZE, SIZE, SIZE)), tl.load(part(memory, Z, 0, 0, SIZE, SIZE, SIZE))
     for t in tl.range(0, iterations, disable_licm=True):
         tl.store(part(history, 0, t * SIZE, 0, SIZE, SIZE, SIZE), cast(z, history.dtype.element_ty))

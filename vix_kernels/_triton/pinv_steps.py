@@ -82,9 +82,9 @@ def advance(memory, L, SIZE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.con
 
 @triton.jit
 def differentiate(memory, L, SIZE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr):
-    """Backpropagate through an iteration. Z is the matrix before the iteration.
+    """Backpropagate through the iteration that computes the next Z from Z.
 
-    Replace dZ, the gradient of the Z after the iteration, with the gradient of Z. Add the contribution of the iteration to dA.
+    Replace dZ, the gradient of the next Z, with the gradient of Z. Add the contribution of the iteration to dA.
     """
     polynomial(memory, L, SIZE, STEP, PRECISION)
     multiply(memory, Z, DZ, DY, L, SIZE, STEP, PRECISION, LEFT_TURNED=True, FACTOR=-0.25)
@@ -110,7 +110,7 @@ def restart(memory, s, late, SIZE: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def keep_middle(memory, SIZE: tl.constexpr, STEP: tl.constexpr):
-    """Save Z for `restart`. The caller calls this function before the middle iteration."""
+    """Save Z for `restart`. Call this function before the middle iteration."""
     for row in range(0, SIZE, STEP):
         z = tl.load(part(memory, Z, row, 0, STEP, SIZE, SIZE))
         tl.store(part(memory, MIDDLE, row, 0, STEP, SIZE, SIZE), z)

@@ -70,8 +70,8 @@ def slot_program(M, N, chunk, BLOCK_M: tl.constexpr):
     stored as (batch x heads, chunks, M).
 
     Returns:
-        The index of the sample and head, the index of the chunk among the chunks of all samples and heads, the first slot, the
-        first token, and the end of the chunk (exclusive).
+        The index of the (sample, head) pair, the index of the chunk among the chunks of all pairs, the first slot, the first
+        token, and the end of the chunk (exclusive).
     """
     slot_tiles = tl.cdiv(M, BLOCK_M)
     chunks = tl.cdiv(N, chunk)
@@ -85,7 +85,7 @@ def token_program(N, BLOCK_N: tl.constexpr):
     """Return the tokens of a program that processes one tile of tokens.
 
     Returns:
-        The index of the sample and head, the indices of the tokens, and a mask of the indices below N.
+        The index of the (sample, head) pair, the indices of the tokens, and a mask of the indices below N.
     """
     token_tiles = tl.cdiv(N, BLOCK_N)
     o_n = tl.program_id(0) % token_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -97,7 +97,7 @@ def stream_program(N, chunk):
     """Return the tokens of a program that processes one chunk of tokens with all slots of a head.
 
     Returns:
-        The index of the sample and head, the first token, and the end of the chunk (exclusive).
+        The index of the (sample, head) pair, the first token, and the end of the chunk (exclusive).
     """
     chunks = tl.cdiv(N, chunk)
     first = tl.program_id(0) % chunks * chunk
@@ -106,7 +106,7 @@ def stream_program(N, chunk):
 
 @triton.jit
 def is_valid(mask, i_b, mask_b, mask_n, o_n, inside, MASKED: tl.constexpr):
-    """Return the mask `inside`. If MASKED, invalid tokens are excluded."""
+    """Return a mask of the tokens that are `inside` and, if MASKED, valid."""
     if MASKED:
         inside &= tl.load(mask + i_b * mask_b + o_n.to(tl.int64) * mask_n, mask=inside, other=0) != 0
     return inside

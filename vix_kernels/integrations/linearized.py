@@ -153,7 +153,7 @@ def load_linearized(folder: str | Path, model: nn.Module | None = None) -> nn.Mo
     Args:
         folder: the folder that `save_linearized` wrote.
         model: a new model with the architecture of the saved model and with softmax attention. It is changed in place. If
-            None, create the model. Only models from this library, timm and transformers can be created. A timm model can only
+            None, a model is created. Only models from this library, timm and transformers can be created. A timm model can only
             be created if the arguments of timm.create_model were None, numbers, booleans, strings, or lists or tuples of these.
 
     Raises:

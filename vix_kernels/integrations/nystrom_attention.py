@@ -4,9 +4,9 @@
 
 With compat=True (the default), NystromAttention reproduces three quirks of the package:
 
-- The front of the sequence is padded with zero tokens until its length is a multiple of the number of landmarks.
-- The first iterate of the pseudo-inverse is divided by a maximum over the whole batch, so the output for a sample depends on
-  the rest of the batch.
+- The sequence is padded at the front with zero tokens to a multiple of the number of landmarks.
+- The initial iterate of the pseudo-inverse is divided by the largest row and column sums in the batch, so the output for a
+  sample depends on the other samples.
 - With a mask, a landmark without valid tokens attends equally to all landmarks, so it affects the pseudo-inverse.
 """
 
@@ -44,7 +44,7 @@ class NystromAttention(nn.Module):
         dropout: dropout rate of the output.
         compat: if True, return the same results as the package. If False, exclude padding, masked tokens and landmarks without
             valid tokens, and compute each sample independently of the other samples.
-        backend: as in nystrom_attention.
+        backend: as in `vix_kernels.nystrom_attention`.
 
     Calls that return attention matrices, and calls with a mask if compat is True, compute the attention in plain PyTorch.
     """
@@ -129,7 +129,7 @@ class NystromAttention(nn.Module):
         return out
 
     def _attend_plainly(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the output, and the three factors of the attention matrix in the order of their product."""
+        """Return the output and the three factors of the attention matrix, in multiplication order."""
         length = q.shape[2] // self.num_landmarks
         divisor, valid_tokens, valid_marks = length, None, None
         if mask is not None:
@@ -176,7 +176,7 @@ def patch(model: nn.Module, *, backend: str = "auto") -> Report:
 
     Args:
         model: a model that contains NystromAttention modules of nystrom-attention 0.0.14 or newer.
-        backend: as in nystrom_attention.
+        backend: as in `vix_kernels.nystrom_attention`.
 
     Returns:
         a report that lists the replaced layers, and states why other attention layers could not be replaced.

@@ -1,4 +1,4 @@
-"""The report of a replacement: the replaced layers, their numbers of tokens, and the times before and after the replacement."""
+"""Report which attention layers were replaced, and time the model with softmax attention and with the new attention."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Report:
     Attributes:
         attention: a short description of the new attention.
         attentions: maps the name of each replaced module to a description of its attention.
-        refused: maps the name of each module that could not be replaced to the reason.
+        refused: reasons why modules could not be replaced, by module name.
         tokens: maps the name of each replaced module to its number of tokens, if known. Before a call to `measure`, this is the
             number at the model's configured image size. After the call, it is the number in the measured batch.
         speed: the result of the latest call to `measure`, or None before the first call.

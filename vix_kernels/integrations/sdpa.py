@@ -17,7 +17,7 @@ class SdpaReplacement(TorchFunctionMode):
 
     Attributes:
         served: number of calls that `attention` computed.
-        fell_back: maps each reason for a fallback to softmax attention to the number of calls with this reason.
+        fell_back: number of calls that fell back to softmax attention, by reason.
     """
 
     def __init__(self, attention: DropIn, *, fall_back: bool = True) -> None:

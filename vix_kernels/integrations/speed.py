@@ -1,4 +1,4 @@
-"""Measure the times of a model with the new attention and with softmax attention, and look up break-even lengths."""
+"""Time a model with the new attention and with softmax attention, and look up break-even lengths."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def compare_layers(
 
 @contextmanager
 def _counted(holders: Mapping[str, nn.Module], layers: dict[str, LayerSpeed]) -> Iterator[None]:
-    """Inside the `with` block, update the attribute `tokens` of each called layer in `layers`."""
+    """Inside the `with` block, set `layers[name].tokens` to the largest number of keys in a call to layer `name`."""
 
     def count(layer: LayerSpeed, holder: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         given = *args, *options.values()
@@ -238,7 +238,7 @@ def measure(
     Args:
         batch: as in `call`.
         softmax: returns a context in which the model computes softmax attention.
-        holders: maps the name of each layer to the module that holds its core.
+        holders: maps the name of each layer to the module that holds its core (see nn/core.py).
         modules: maps the name of each layer to its attention module.
         rounds: as in `Report.measure`.
     """

@@ -66,7 +66,7 @@ def holders(model: nn.Module) -> dict[str, Mounted]:
 
 
 def prefix_of(holder: Mounted) -> int:
-    """Return the number of class and register tokens in the layer of `holder`, or 0 if this number is unknown."""
+    """Return the number of class and register tokens that the layer of `holder` receives, or 0 if unknown."""
     return holder.site.prefix_tokens if isinstance(holder, AttentionModule) else holder.prefix_tokens
 
 

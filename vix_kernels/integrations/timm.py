@@ -258,8 +258,8 @@ def _place_while_built() -> None:
 def _place_in(vit: nn.Module, name: str, module: nn.Module) -> None:
     """For each BuiltAttention in the blocks of `vit`, set the number of prefix tokens and the grid of landmarks or agents.
 
-    The hook runs when `vit` registers its blocks, and again for each later child. Some models, such as distilled DeiT models,
-    set the number of prefix tokens after they register the blocks.
+    This hook runs when `vit` registers its blocks, and again whenever `vit` registers another child. Some models, such as
+    distilled DeiT models, set the number of prefix tokens after they register the blocks.
     """
     blocks = module if name == "blocks" else vit._modules.get("blocks")
     if blocks is None or "num_prefix_tokens" not in vars(vit):

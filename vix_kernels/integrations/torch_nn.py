@@ -1,4 +1,4 @@
-"""Integration with torch.nn: replace the attention in nn.MultiheadAttention, also in PyTorch's encoder and decoder layers."""
+"""Integration with torch.nn: replace the attention in nn.MultiheadAttention and in PyTorch's encoder and decoder layers."""
 
 from __future__ import annotations
 

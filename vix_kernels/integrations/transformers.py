@@ -45,9 +45,10 @@ def register(*, retrain: bool = False, **options: Mapping[str, Any]) -> None:
 
     Padding masks are supported. Causal and windowed masks, attention dropout in training, grouped-query attention and requests
     for the attention weights raise NotImplementedError. Another call to this function changes the options of all models that
-    use these names. Ops without an argument then have their default options. Importing this module calls this function without
-    arguments. `save_pretrained` saves the attention method and its options with a model, and `from_pretrained` restores both.
-    If the saved options differ from the registered options, the restored attention is registered under a separate name.
+    use these names. That call resets ops that it does not mention to their default options. Importing this module calls this
+    function without arguments. `save_pretrained` saves the attention method and its options with a model, and `from_pretrained`
+    restores both. If the saved options differ from the registered options, the restored attention is registered under a
+    separate name.
 
     Args:
         retrain: whether to allow "vix_performer", "vix_linear" and "vix_agent", which require a model that was, or will be,
@@ -167,7 +168,8 @@ def count_prefix(model: nn.Module) -> int:
 def count_tokens(model: nn.Module) -> int | None:
     """Return the number of tokens of a vision model at its configured image size, or None if this number is unknown.
 
-    The number is unknown for models that merge, window or mask patches, because their attention layers receive fewer tokens.
+    The number is unknown for models that merge or mask patches or use windows, because their attention layers receive fewer
+    tokens.
     """
     patches = {module.num_patches for module in model.modules() if isinstance(getattr(module, "num_patches", None), int)}
     config = getattr(model, "config", None)
@@ -273,8 +275,8 @@ def patch(model: nn.Module) -> Report:
 
     Parameters do not change. The replacements are faster, and compute the same outputs unless a sequence consists entirely of
     padding. For such a sequence, the attention weights of the landmarks are 0 here, but uniform in transformers. Calls with
-    output_attentions=True run the original transformers implementation. They also support padded batches, for which an
-    unpatched model raises an error if num_landmarks differs from segment_means_seq_len.
+    output_attentions=True run the original transformers implementation. Padded batches are always supported. An unpatched
+    model raises an error for them if num_landmarks differs from segment_means_seq_len.
 
     Returns:
         a report that lists the replaced layers, and states why other layers could not be replaced.
@@ -306,8 +308,8 @@ def nystromformer_attention(
 ) -> tuple[Tensor, ...]:
     """Forward method of NystromformerSelfAttention that does not store attention matrices of size tokens x landmarks.
 
-    As in transformers, padding is masked only in the softmax over tokens, and init_option "original" divides the first
-    iterate of the pseudo-inverse by a maximum over the batch.
+    As in transformers, padding is masked only in the softmax over tokens, and init_option "original" divides the initial
+    iterate of the pseudo-inverse by the largest column sum in the batch.
 
     Args:
         hidden_states: (batch, tokens, channels).
@@ -353,7 +355,10 @@ def _through_landmarks(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, atten
 
 
 def _one_row(attention_mask: Tensor) -> Tensor:
-    """Return the first row of a mask, (batch, 1, 1, tokens). Check that all heads and queries have the same row."""
+    """Return the first row of a mask (batch, heads or 1, queries or 1, tokens), as a tensor (batch, 1, 1, tokens).
+
+    Check that all heads and queries have the same row.
+    """
     row = attention_mask[:, :1, :1]
     require_all(attention_mask == row, "attention_mask: expected the same row for all heads and queries")
     return row

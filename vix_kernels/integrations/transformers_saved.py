@@ -81,7 +81,7 @@ def replaced_layers(model: PreTrainedModel, config: PreTrainedConfig) -> dict[st
 
 
 def select_children(model: PreTrainedModel, replaced: Iterable[nn.Module]) -> None:
-    """In the configurations of the modules in `replaced`, select attn_implementation "vix", and set the entry vix_attention."""
+    """Set attn_implementation to "vix" and update vix_attention in the configurations of the modules in `replaced`."""
     for config in {id(module.config): module.config for module in replaced}.values():
         config._attn_implementation_internal = CHILDREN  # the property's setter would also change sub-configurations
         setattr(config, ENTRY, entry(model, config))

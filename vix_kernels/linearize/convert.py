@@ -235,7 +235,7 @@ class Conversion:
         return [parameter for layer in self.layers for parameter in layer.parameters]
 
     def drop_refused(self) -> None:
-        """Remove layers that cannot be converted, and add the reasons to the report."""
+        """Move layers that cannot be converted from `layers` to `refused`, and add the reasons to the report."""
         for layer in self.layers:
             if layer.tokens < 2 and not layer.reason:
                 layer.reason = f"expected at least 2 tokens, got {layer.tokens}"

@@ -207,7 +207,7 @@ class Budget:
         kernels: prefixes of kernel names. The values of the matching kernels are added. For "warps", the minimum is used.
         use, width, slots: the call, such as "performer forward", its head width, and its number of slots (0 for any).
         most: the budget. For "warps", it is a minimum, otherwise a maximum.
-        reached: a looser limit that is checked instead of a missed budget, or None.
+        reached: if the budget is known to be missed, a looser limit that is checked instead. Otherwise None.
         reason: why the budget is missed.
         column: "loop" or "whole" (columns of the compile report), "whole over loop" (their ratio), "thousand" (instructions per
             1,000 multiply-adds), or "warps" (resident warps per multiprocessor).
@@ -228,7 +228,7 @@ class Budget:
     dtype: str = "bf16"
 
     def value(self, rows: Iterable[Row]) -> float | None:
-        """Compute the limited value from the rows of one Triton version. Return None if a row is missing."""
+        """Return the value to compare with `most`, or None if a row is missing. `rows` must be from one Triton version."""
         rows = [row for row in rows if row.arch == "sm_90" and row.width == self.width]
         value = self.sum([row for row in rows if row.dtype == self.dtype], self.use)
         if value is None or (self.dtype == "bf16" and not self.against):
@@ -382,7 +382,7 @@ def late(times: Mapping[str, float]) -> tuple[list[str], list[str]]:
 
 
 def missed(rows: Iterable[Row], budgets: Iterable[Budget]) -> tuple[list[str], list[str]]:
-    """Return two lists of messages for missed budgets: one for values within `reached`, and one for all other values."""
+    """Return two lists of messages for missed budgets: one for values within Budget.reached, and one for all others."""
     rows = list(rows)
     declared, failed = [], []
     for budget in budgets:

@@ -35,13 +35,13 @@ class Report:
 
     Attributes:
         cell: the architecture, dtype and head width, if the report covers one cell.
-        rows: a row for every launched specialization that was compiled in this run or is in the table.
+        rows: a row for every launched specialization that was compiled in this run or is in the table (see compile_table.py).
         compiled: number of specializations that were compiled in this run.
         missing: number of launched specializations that the table lacks. It is counted only if nothing is compiled.
         launches: maps "op direction" to the number of launches by this library and the number of launches by PyTorch. If
             several calls have the same op and direction, the call with the most launches by this library is used.
         errors: a message for each call or compilation that failed.
-        times: maps the name of a budget in budgets.PREDICTED to the predicted seconds on the H100.
+        times: maps the name of a budget in budgets.PREDICTED to the predicted time on the H100 in seconds.
         changed: a message for each specialization that was compiled again and differs from the table.
     """
 
@@ -93,7 +93,10 @@ def run_cell(arch: str, dtype: str, width: int, ops: tuple[str, ...], table: Pat
 
 
 def predicted_times(arch: str, dtype: str, width: int, known: Mapping[str, Row]) -> dict[str, float]:
-    """Return the predicted seconds for each budget of this cell, indexed by name. Unknown trip counts give infinity."""
+    """Return a dict from the names of budgets in PREDICTED to predicted times in seconds (inf if a trip count is unknown).
+
+    Budgets for other architectures, dtypes and widths are omitted.
+    """
     from .launch_times import call_times  # imported here, because launch_times imports this module
 
     gpu = next(gpu for gpu in GPUS if gpu.name == "H100")

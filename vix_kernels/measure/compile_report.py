@@ -5,8 +5,8 @@ compiled, so a change to a kernel does not recompile other kernels. The exit sta
 does not fit in shared memory, serializes matrix products, computes logits twice, or exceeds a budget. The limits, budgets and
 exceptions are in measure/budgets.py.
 
---write adds the new rows to the table and drops the rows of changed kernels. It saves every finished cell (architecture, dtype
-and head width), so that the next run can continue an interrupted run.
+--write adds the new rows to the table and drops the rows of changed kernels. It saves the rows of each combination of
+architecture, dtype and head width as soon as they are complete, so that the next run can continue an interrupted run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The table of the compile report: one row per kernel specialization and cell (architecture, dtype and head width).
+"""The table of the compile report: one row per kernel specialization, architecture, dtype and head width.
 
 The table can contain rows for several Triton versions.
 """
@@ -36,7 +36,7 @@ class Row:
         multiply_adds: multiply-adds in the main loops, per unit.
         cycles: cycles for which the main loops occupy each pipe of a multiprocessor, per 1,000 logits or values.
         bound: the pipe with the most cycles.
-        matrix: matrix instructions in the whole program.
+        matrix: number of matrix instructions of each kind in the kernel's machine code.
         loads, stores: instructions that access global memory, as "bits per thread:number of instructions".
         uses: the calls that launch the kernel, as "op direction slots,slots; ...".
         sections: see counting.Section.
@@ -137,7 +137,7 @@ def order(row: Row) -> tuple:
 
 
 def show_table(rows: list[Row]) -> None:
-    """Print the rows without sections, hashes and the Triton version, which is the same in all rows of a run."""
+    """Print the rows without the columns in HIDDEN."""
     shown = [at for at, each in enumerate(fields(Row)) if each.name not in HIDDEN]
     names = [each.name for each in fields(Row)]
     print_table([names[at] for at in shown], ([figure(astuple(row)[at]) for at in shown] for row in rows))

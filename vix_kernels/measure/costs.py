@@ -58,7 +58,10 @@ class _Count(TorchDispatchMode):
 
 @contextmanager
 def _counting(arch: str) -> Iterator[_Count]:
-    """Yield a _Count of the bytes and launches in the `with` block, as on a GPU of `arch`. No kernel is compiled or run."""
+    """Yield a _Count of the bytes and launches in the `with` block, as if the block ran on a GPU with architecture `arch`.
+
+    No kernel is compiled or run.
+    """
     count = _Count()
 
     def observe(*launch: Any) -> None:

@@ -187,7 +187,7 @@ def blocks(code: Sequence[Instruction]) -> tuple[list[int], list[list[int]]]:
 
 
 def dominators(successors: list[list[int]]) -> dict[int, int]:
-    """Return a dict that maps each reachable block to a bit mask of its dominators. Blocks are in reverse postorder."""
+    """Return a dict that maps each reachable block to a bit mask of its dominators. The keys are in reverse postorder."""
     order, seen, waiting = [], {0}, [(0, iter(successors[0]))]
     while waiting:  # a depth-first search, which appends the blocks in postorder
         block, rest = waiting[-1]
@@ -266,7 +266,7 @@ class Analysis:
         products: number of matrix products in the main loops, counted in TTGIR.
         multiply_adds: multiply-adds in the main loops.
         cycles: maps each name in PIPES to the cycles for which the main loops occupy this pipe of a multiprocessor.
-        sections: the sections of the whole program, for predictions.
+        sections: the sections of the whole program (see Section).
     """
 
     unit: str

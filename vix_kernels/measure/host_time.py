@@ -6,8 +6,7 @@ examples:
 
 At small sizes, an eager call takes as long as its host time. The operators run on CPU tensors as they would on an H100, but no
 kernel runs: Triton's launcher calls a stub instead of the CUDA driver. Building the launcher and the stub needs a C compiler.
-No GPU is needed. The column "us without launches" and the ratios after it exclude the launcher. The difference between the
-columns "us" and "us without launches" is the time of the launcher.
+No GPU is needed. The column "us without launches" and the ratios after it exclude the launcher.
 
 Times of different runs cannot be compared, because they depend on the machine and its load. Ratios can be compared. They are
 relative to PyTorch's scaled_dot_product_attention on tiny CPU tensors ("x attention"), and to an empty autograd.Function with
@@ -153,7 +152,7 @@ def operator_calls(spec: OpSpec) -> dict[str, Callable[[], Any]]:
 
 @contextmanager
 def launches(launcher: str) -> Iterator[None]:
-    """Let operators run on CPU tensors inside the `with` block. If `launcher` is "none", kernel launches are skipped."""
+    """Let the Triton backend accept CPU tensors in the `with` block. If `launcher` is "none", kernel launches are skipped."""
     from .._triton import compiled
 
     nothing = compiled.Compiled(None, lambda *args: None, None, None, ())

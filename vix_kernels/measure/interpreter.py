@@ -88,7 +88,7 @@ def fast_interpreter() -> Iterator[None]:
 
 @contextmanager
 def watched(loaded: Observer, stored: Observer) -> Iterator[None]:
-    """In the `with` block, call `loaded` before each load of a kernel from global memory, and `stored` before each store."""
+    """In the `with` block, call `loaded` before each load from global memory in a kernel, and `stored` before each store."""
     builder = _get(interpreter, "interpreter_builder")
     load, store = _get(builder, "create_masked_load"), _get(builder, "create_masked_store")
 

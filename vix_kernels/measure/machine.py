@@ -1,4 +1,4 @@
-"""The machine on which a measurement runs: its device, package versions and commit, and the peak rates of the device."""
+"""The environment of a measurement: the device and its peak rates, the package versions, and the commit of the checkout."""
 
 from __future__ import annotations
 

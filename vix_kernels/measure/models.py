@@ -111,7 +111,7 @@ def make(name: str, provider: str, arguments: dict[str, Any], device: str) -> nn
     `arguments` override the published arguments of the model.
 
     Raises:
-        Unavailable: the provider is "original", and there is no original or `arguments` are given.
+        Unavailable: the provider is "original", and the model has no original implementation or `arguments` is not empty.
     """
     if provider != "original":
         ours = (PAIRS[name].ours if name in PAIRS else {}) | arguments

@@ -42,8 +42,8 @@ class Launch:
         key: hash of everything that determines the machine code. Launches with equal keys run the same code.
         source: hash of the code of the kernel, and of the device functions and constants that the kernel uses.
         grid: number of programs in each dimension.
-        scalars: the integer arguments, by name.
-        constexprs: the integer constexprs, by name.
+        scalars: maps the names of the integer arguments to their values.
+        constexprs: maps the names of the integer constexprs to their values.
         bytes: total size of the distinct tensors among the arguments. Expanded dimensions count as size 1.
         elements: number of elements of the largest of these tensors.
         heads: batch size times number of heads, or 1 if no argument has at least four dimensions.

@@ -101,7 +101,8 @@ def alone(device: str, lost: Callable[[str], Any], function: Callable[..., Any],
 
     On a CPU, one operator can leave the memory allocator in a state that changes the times of the next operator by up to 50%.
     GPU times are not affected, so on a GPU the function is called in this process. It is also called in this process on systems
-    that cannot fork. If the system kills the separate process, for example because memory runs out, return `lost(why)`.
+    that cannot fork. If the system kills the separate process, for example because memory runs out, the result is
+    `lost(reason)`, where `reason` is a message.
     """
     if device == "cuda" or "fork" not in multiprocessing.get_all_start_methods():
         return function(*args, **kwargs)
@@ -115,7 +116,7 @@ def alone(device: str, lost: Callable[[str], Any], function: Callable[..., Any],
 
 
 def measure_alone(op: str, case: Case, dtype: str, providers: Iterable[str], device: str, **how: Any) -> list[Result]:
-    """Run `measure` in a separate process on a CPU, and in this process on a GPU (see `alone`)."""
+    """Run `measure` in a separate process if `device` is "cpu", or in this process if it is "cuda" (see `alone`)."""
     providers = tuple(providers)
 
     def lost(why: str) -> list[Result]:
@@ -182,7 +183,7 @@ class Race:
         self.truth = Truth(problem)
 
     def run(self, direction: str, providers: Sequence[str], what: Row) -> dict[str, Result]:
-        """Return the result of each provider for one direction, by name. All rows contain `what`, such as the sizes."""
+        """Return a dict that maps each provider to its result for `direction`. Each row includes the entries of `what`."""
         results, calls = {}, {}
         for name in providers:
             label = what | dict(provider=name, direction=direction)

@@ -1,8 +1,8 @@
 """Providers of an operator: this library's backends, its plain PyTorch reference (eager and compiled), and peers.
 
-A peer is a function from another package, or PyTorch code as in published models. It is compared with the operator, and
-computes the same result up to small differences. The docstrings below describe exceptions, such as softmax attention. The
-linear layers of peers are replaced by identities, because the operator does not include them.
+A peer is a function from another package, or plain PyTorch code like that of published models. It computes the same result as
+the operator, up to small differences. The docstrings below describe exceptions, such as softmax attention. The linear layers of
+peers are replaced by identities, because the operator does not include them.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def providers(op: str, device: str) -> list[str]:
 
 
 def peers(op: str) -> dict[str, tuple[str, Maker]]:
-    """Return the peers of `op`, by name, as pairs of the required module and the function that makes the Contender."""
+    """Return a dict that maps each peer of `op` to the required module and the function that makes the Contender."""
     softmax = {"sdpa": ("torch", sdpa)} if SPECS[op].attends else {}
     return softmax | PEERS.get(op, {})
 

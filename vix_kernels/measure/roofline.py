@@ -61,7 +61,10 @@ class Device:
     exps: float
 
     def flops(self, dtype: str) -> float:
-        """Return the peak FLOP/s of matrix products in `dtype`. Float32 products use three TF32 products if this is faster."""
+        """Return the peak FLOP/s of matrix products in `dtype`.
+
+        For "fp32", this is the larger of `float32` and `tf32` / 3, because three TF32 products can replace a float32 product.
+        """
         return self.matrix if dtype != "fp32" else max(self.tf32 / 3, self.float32)
 
 

@@ -170,6 +170,6 @@ def measure(arch: str, bits: int, width: int, wanted: Iterable[Row]) -> list[Row
 
 
 def cells(wanted: Iterable[Row], arch: str) -> Iterator[tuple[str, int, int, list[Row]]]:
-    """Group the entries by bits and width, and yield the arguments of `measure` for each group."""
+    """Group `wanted` by bits and width, and yield the arguments of `measure` for each group."""
     for size, group in groupby(sorted(wanted, key=SIZE), SIZE):
         yield arch, *size, list(group)

@@ -198,10 +198,10 @@ class Touched:
         return sum(int(np.count_nonzero(each)) for each in self.maps.values())
 
     def by_name(self, named: list[tuple[str, Tensor]]) -> dict[str, int]:
-        """Return the number of bytes in the set for each storage.
+        """Return how many bytes of each storage are in the set.
 
-        The key of a storage in the returned dict joins the names of the tensors in the storage. If a tensor is passed under
-        several names, only the first is used.
+        Each key joins the names of the tensors in a storage with "+". If a tensor is passed under several names, only the first
+        is used.
         """
         names: dict[int, dict[int, str]] = defaultdict(dict)
         for name, x in named:
@@ -215,7 +215,8 @@ class Touched:
 class Meter(TorchDispatchMode):
     """Records the traffic of kernel launches and PyTorch operators inside a `with` block.
 
-    `given` is the set of bytes of the arguments of a forward or backward pass. `read` is the subset that the pass has read.
+    The attribute `given` contains the bytes in the arguments of a forward or backward pass. `read` contains those that the pass
+    has read.
     """
 
     def __init__(self, given: list[Tensor]) -> None:
@@ -296,7 +297,7 @@ SIZES = {
     "heads": (4, "heads per sample"),
     "tokens": (1024, "tokens per sample"),
     "width": (32, "head width"),
-    "features": (110, "random features, agents, projected tokens or landmarks (at most 64 landmarks)"),
+    "features": (110, "random features, agents, projected keys or landmarks (at most 64 landmarks)"),
 }
 
 

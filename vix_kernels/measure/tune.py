@@ -123,7 +123,7 @@ def neighbours(tile: Tile) -> Iterator[Tile]:
     """Yield tiles that differ from `tile` in one field.
 
     A number is halved or doubled (num_stages changes by one), or a bool is flipped. A field that is 0 does not change,
-    because 0 means that the kernel has no such size, or that it keeps no slots or matrices in registers. The precision, which
+    because 0 means that the kernel does not use the field, or keeps no slots or matrices in registers. The precision, which
     is a string, does not change, because the results would differ.
     """
     for name, value in tile._asdict().items():

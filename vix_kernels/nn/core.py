@@ -50,7 +50,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class SdpaArgs:
-    """Arguments that act on the attention weight of each query-key pair."""
+    """Mask, dropout probability and causal flag, as in F.scaled_dot_product_attention."""
 
     attn_mask: Tensor | None = None
     dropout: float = 0.0

@@ -73,12 +73,13 @@ class Linformer(PrefixCore):
     def attend_tokens(
         self, module: nn.Module, x: Tensor, maps: nn.Linear, *, scale: float, rope: Rope | None, tokens: Tokens, backend: str
     ) -> Tensor | None:
-        """Return the attention output for x. First project x along the token axis, then apply the key and value layers.
+        """Return the attention output for x, or None.
 
-        This order does not change the result, because (E^T x) W = E^T (x W). It is faster if there are fewer slots than tokens.
+        x is projected along the token axis, to E^T x, before the key and value layers are applied. This order does not change
+        the result, because (E^T x) W = E^T (x W). It is faster if there are fewer slots than tokens.
 
-        Returns None with a rotary embedding or `exact_prefix`, which need the keys of all tokens. Also returns None with
-        `per_head`, because x would be projected once for each head.
+        The result is None if there is a rotary embedding or `exact_prefix` is set, because these need the keys of all tokens.
+        It is also None if `per_head` is set, because x would be projected once for each head.
         """
         if self.per_head or rope is not None or self.exact_rows(tokens):
             return None
@@ -87,7 +88,10 @@ class Linformer(PrefixCore):
         q = rearrange(F.linear(x, weights[0], biases[0]), "b n (h d) -> b h n d", h=module.num_heads)
 
         def project(name: str) -> tuple[Tensor, Tensor]:
-            """Return E^T x (batch, K, dim) and the sums of E over valid tokens (batch or 1, K, 1). x is 0 at padded tokens."""
+            """Return E^T x (batch, K, dim) and the sums of E over valid tokens (batch or 1, K, 1).
+
+            `name` is the name of the parameter E. x is 0 at padded tokens.
+            """
             projection = check_token_projection(name, getattr(module, name), q)[0]
             # matmul would transpose x in memory; bmm does not.
             projected = torch.bmm(projection.mT.expand(x.shape[0], -1, -1), x)

@@ -42,7 +42,7 @@ def agent_attention(
         k: (batch, heads, tokens, head_dim).
         v: (batch, heads, tokens, value_dim).
         agents: (batch, heads, A, head_dim) in q's dtype, for example pooled queries. `rope` is not applied to them.
-        scale: factor of the logits in both softmaxes, > 0. Defaults to head_dim ** -0.5.
+        scale: scaling factor of the logits in both softmaxes, > 0. Defaults to head_dim ** -0.5.
         agent_mask: bool (batch, A), True = valid. The contents of invalid agents are ignored. If a sample has no valid agent,
             its output is 0, except in the exact rows.
         key_padding_mask: bool (batch, tokens), True = valid. If a sample has no valid key, its output is 0.

@@ -7,7 +7,7 @@ Unlike Performer attention (see performer.py), this method has separate, trained
 wq = wk, b = 0 and g = 1, the two methods compute the same function. As in Performer attention, the computation has two passes,
 and lse is in base 2. For g = 1, the passes are:
 
-    values, lse = aggregate(wk, k, v)        out = broadcast(q, wq, values, lse + b / ln 2)
+    values, lse = aggregate(wk, k, v, gaussian=True)        out = broadcast(q, wq, values, lse + b / ln 2)
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def feature_attention(
         query_features, key_features: wq and wk, float32 (M, head_dim) or (heads, M, head_dim). They must have the same shape.
         feature_bias: b, float32 (M,) or, if each head has separate features, (heads, M). None means 0.
         gaussian: g, the factor of the term c^2 |k|^2 / 2, >= 0. True means 1, and False means 0.
-        scale: factor of the logits that the features approximate, > 0. Defaults to head_dim ** -0.5.
+        scale: scaling factor of the logits that the features approximate, > 0. Defaults to head_dim ** -0.5.
         key_padding_mask: bool (batch, tokens), True = valid. If a sample has no valid key, its output is 0.
         rope: rotary embedding of q and k, applied inside the kernels. Requires as many queries as tokens.
         exact_rows: the number of leading queries (class and register tokens) that use exact softmax attention. See

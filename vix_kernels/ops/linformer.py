@@ -45,7 +45,7 @@ def linformer_attention(
         key_projection: E, (tokens, K) or (heads, tokens, K), float32 or in q's dtype. If it has more rows than there are
             tokens, only the first rows are used.
         value_projection: F, with the shape and dtype of key_projection. If None, key_projection is also used for values.
-        scale: factor of the logits, > 0. Defaults to head_dim ** -0.5.
+        scale: scaling factor of the logits, > 0. Defaults to head_dim ** -0.5.
         key_padding_mask: bool (batch, tokens), True = valid. Padded tokens do not contribute to the slots. If a sample has no
             valid key, its output is 0.
         rope: rotary embedding of q and k, applied inside the kernels. k is rotated before it is projected. Requires as many

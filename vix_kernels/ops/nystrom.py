@@ -82,7 +82,7 @@ def nystrom_attention(
             the batch. Use "original" for weights trained with Nystromformer's published code.
         conv_weight: (heads, 1, taps, 1), the weight of a depthwise Conv2d over the tokens of v. The number of taps must be odd.
             The result of the convolution is added to the output.
-        scale: factor of the logits, > 0. Defaults to head_dim ** -0.5.
+        scale: scaling factor of the logits, > 0. Defaults to head_dim ** -0.5.
         key_padding_mask: bool (batch, tokens), True = valid. If there are as many queries as tokens, the mask also excludes
             padded queries from the landmarks of q. If a sample has no valid key, its output is 0.
         rope: rotary embedding of q and k, applied inside the kernels before landmarks are computed. Requires as many queries as

@@ -6,7 +6,7 @@
 The vectors w_j are random. They are the slots in two passes of softmax attention (see primitives/aggregate.py and
 primitives/broadcast.py):
 
-    values, lse = aggregate(w, k, v)        out = broadcast(q, w, values, lse)
+    values, lse = aggregate(w, k, v, gaussian=True)        out = broadcast(q, w, values, lse)
 
 Here values_j = S_j / z_j and lse_j = log2 z_j. The result is the same as above, because the terms in |q_n|^2 cancel and the
 remaining weights are a softmax. Unlike direct evaluation, the two passes need no eps and no stabilizer, and do not underflow.
@@ -48,7 +48,7 @@ def performer_attention(
         k: (batch, heads, tokens, head_dim).
         v: (batch, heads, tokens, value_dim).
         projection: random features, (M, head_dim) or (heads, M, head_dim), float32 or float64. See orthogonal_projection.
-        scale: factor of the logits, > 0. Defaults to head_dim ** -0.5. q and k are multiplied by sqrt(scale).
+        scale: scaling factor of the logits, > 0. Defaults to head_dim ** -0.5. q and k are multiplied by sqrt(scale).
         key_padding_mask: bool (batch, tokens), True = valid. If a sample has no valid key, its output is 0.
         rope: rotary embedding of q and k, applied inside the kernels. Requires as many queries as tokens.
         exact_rows: the number of leading queries (class and register tokens) that use exact softmax attention. See

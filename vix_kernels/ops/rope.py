@@ -2,7 +2,7 @@
 
     u' = u cos(theta) - v sin(theta)        v' = u sin(theta) + v cos(theta)        theta_{t,i} = t base^(-2i / R)
 
-The equations rotate pair i of the channels, (u, v), of a query or key at position t. Only the first R channels form pairs.
+The equations rotate (u, v), pair i of the channels of a query or key at position t. Only the first R channels form pairs.
 rope_axial and rope_mixed use different angles. The tables of cosines and sines are float32, even for 16-bit tokens. rope_1d and
 rope_axial compute the tables in float64 and then round them to float32.
 """
@@ -34,7 +34,7 @@ class Rope:
     """Tables of cosines and sines for rotating the channels of every token.
 
     Attributes:
-        cos, sin: float32 (heads or 1, tokens, R / 2). float64 tables are only valid for float64 tokens.
+        cos, sin: float32 or float64 (heads or 1, tokens, R / 2). float64 tables require float64 tokens.
         layout: which channels form a pair: (2i, 2i + 1) for "interleaved", (i, i + R / 2) for "half".
         angles: the angles from which cos and sin were computed, or None if these angles require no gradient. See Rope.of.
         remake: a function that recomputes this Rope from the tensors on which the angles depend. Copying and pickling use this
@@ -112,7 +112,7 @@ class Rope:
 
     @property
     def differentiable(self) -> Rotary:
-        """The tables for reference implementations. They are computed from `angles`, unless it is None."""
+        """The tables for reference implementations. If `angles` is set, autograd can differentiate the tables."""
         cos, sin = (self.cos, self.sin) if self.angles is None else (self.angles.cos(), self.angles.sin())
         return Rotary(cos, sin, self.interleaved)
 

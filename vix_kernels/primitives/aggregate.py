@@ -2,13 +2,13 @@
 
     l_jn = scale p_j . k_n + b_n            values_j = sum_n softmax_n(l_jn) v_n            lse_j = log2 sum_n exp(l_jn)
 
-If gaussian is set, the bias of a key is b_n = -|scale k_n|^2 / 2, so exp(l_jn) is the FAVOR+ feature j of key n.
-Otherwise the bias is 0. A masked key has b_n = -inf and is read as 0, even if it is NaN. A slot without valid keys has values 0
-and lse -inf. With RoPE, keys are rotated first.
+If gaussian is set, the bias of a key is b_n = -|scale k_n|^2 / 2, so exp(l_jn) is FAVOR+ feature j of key n. Otherwise
+the bias is 0. A masked key has b_n = -inf and is read as 0, even if it is NaN. A slot without valid keys has values 0 and
+lse -inf. With RoPE, keys are rotated first.
 
-lse is in base 2, because the kernels use exp2. The registered operator also returns row_max and total. row_max_j is the largest
-logit of slot j, in base 2, and total_j = sum_n exp(l_jn) / 2^row_max_j, so lse_j = row_max_j + log2 total_j. The backward pass
-recomputes the probabilities from row_max and total, because float32 loses the fractional bits of a large lse.
+lse is in base 2, because the kernels use exp2. The registered operator also returns row_max_j = log2(e) max_n l_jn and
+total_j = sum_n exp(l_jn) / 2^row_max_j, so lse_j = row_max_j + log2 total_j. The backward pass recomputes the
+probabilities from row_max and total, because float32 loses the fractional bits of a large lse.
 """
 
 from __future__ import annotations

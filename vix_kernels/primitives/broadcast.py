@@ -150,10 +150,10 @@ def _fake_backward(dout, q, slots, values, slot_bias, rotary, scale, out, statis
     return empty_like_tokens(q, q.shape[3]), dslots, dvalues, dbias
 
 
-# row_max and inverse are (batch, heads, N): the largest logit of a token, in base 2, and 1 / sum of exp2(logit - row_max). The
-# backward kernels read them. The PyTorch implementation returns empty tensors instead. If v and conv_weight are given, the
-# forward kernel also adds the convolution of primitives/token_conv.py to out, in registers. broadcast_backward computes only
-# the gradients through the attention, without the convolution. If the forward kernel added a convolution, the argument `out` of
+# row_max_n = log2(e) max_j g_nj and inverse_n = 2^row_max_n / sum_j exp(g_nj). Both are (batch, heads, N). The backward
+# kernels read them. The PyTorch implementation returns empty tensors instead. If v and conv_weight are given, the forward
+# kernel also adds the convolution of primitives/token_conv.py to out, in registers. broadcast_backward computes only the
+# gradients through the attention, without the convolution. If the forward kernel added a convolution, the argument `out` of
 # broadcast_backward must be None, so that broadcast_backward recomputes the output without the convolution.
 broadcast_forward = register(
     f"broadcast_forward({_PROBLEM}, Tensor? v, Tensor? conv_weight, Tensor? mask, str backend)"

@@ -52,7 +52,7 @@ def pinv(
         q_counts, k_counts: float32 (batch, L), number of valid tokens of each landmark. If None, all landmarks are valid.
         iterations: number of iterations T.
         init: "exact": s is the largest column sum of each matrix. "original": s is the largest column sum over all samples and
-            heads, as in Nystromformer's published code, so that the result of a sample depends on the rest of the batch.
+            heads, as in Nystromformer's published code. The result of a sample then depends on the rest of the batch.
         backend: "torch" or "triton". The kernels support "exact" with at most 128 landmarks. In other cases, both backends use
             batched matrix products.
 

@@ -41,7 +41,7 @@ CASES = (
 
 
 def _token_projection(case: Case, tensor: Callable[..., Tensor], tokens: Tensor) -> Tensor:
-    """Return a random token projection (tokens + 2, features), or (heads, tokens + 2, features) if `case.per_head` is set.
+    """Return a random projection (case.tokens + 2, features), or (heads, case.tokens + 2, features) if `case.per_head` is set.
 
     The entries have standard deviation features^-0.5. They are in float32, or in float64 if `tokens` is in float64.
     """
@@ -77,7 +77,7 @@ LINFORMER = OpSpec(
     # five, one recomputes the logits, and four compute gradients.
     backward=2.25,
     public=True,
-    compiled=(Case("", features=256),),  # the published number of projected tokens
+    compiled=(Case("", features=256),),  # the published number of projected keys
     variants=(Case("+rope", features=256, rope="interleaved"),),
 )
 PROJECT = OpSpec(

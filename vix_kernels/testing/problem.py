@@ -25,7 +25,7 @@ class Case:
     queries: int | None = None  # number of queries; None means `tokens`
     width: int = 16
     value_width: int | None = None  # head width of the values; None means `width`
-    features: int = 40  # number of slots (random features, landmarks, agents or projected tokens)
+    features: int = 40  # number of slots (random features, landmarks, agents or projected keys)
     masked: bool = False  # whether to mask some keys, and all keys of the last sample; masked tokens contain NaN and inf
     rope: str | None = None  # "interleaved", "half" or None
     rotary: int | None = None  # number of rotated channels; None means all

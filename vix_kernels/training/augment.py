@@ -113,7 +113,7 @@ def _interval(size: int, length: Tensor, offset: Tensor) -> Tensor:
 
 
 def mix(images: Tensor, labels: Tensor, draws: Draws, *, classes: int, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
-    """Mix each image i with image batch - 1 - i. All pairs use the same random numbers.
+    """Mix image i with image `batch - 1 - i`. All pairs use the same random numbers.
 
     mixup (arXiv:1710.09412) blends the two images. cutmix (arXiv:1905.04899) copies a rectangle from the other image. If both
     are enabled, each is used with probability 0.5.

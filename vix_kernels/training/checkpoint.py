@@ -142,7 +142,7 @@ def checkpoint_path(path: str | Path) -> Path:
 
 
 def existing_checkpoint(path: str | Path, flag: str = "--resume") -> Path:
-    """Return `path`, or the last.pt in it if it is a folder. If the file is missing, raise a `UserError` that names `flag`."""
+    """Return `path`, or last.pt in it if it is a folder. If the file is missing, raise a `UserError` that names `flag`."""
     path = checkpoint_path(path)
     if not path.is_file():
         raise UserError(f"{flag}: no checkpoint at {path}")

@@ -63,5 +63,5 @@ def shuffled(*place: int, images: int) -> Tensor:
 
 
 def seed_torch(*place: int) -> None:
-    """Seed torch's generators on all devices. Dropout and stochastic depth use them."""
+    """Seed torch's generators on all devices, for dropout and stochastic depth. The seed depends only on `place`."""
     torch.manual_seed(int(np.random.SeedSequence((TORCH, *place)).generate_state(1, np.uint64)[0]) >> 1)

@@ -24,9 +24,8 @@ class HostModel(nn.Module):
 
     Attributes:
         host: the timm or transformers model.
-        in_chans, img_size, num_classes: the shape of the inputs and outputs. The argument `shape` (channels,
-            height and width of the images of a run) overrides in_chans and img_size, because a model for images of any size
-            does not store an image size.
+        in_chans, img_size, num_classes: the shape of the inputs and outputs. The argument `shape` (channels, height,
+            width) overrides in_chans and img_size.
         config: a dict whose entry "data", if any, describes the training images, as explained in `save_model`.
     """
 
@@ -128,7 +127,7 @@ def create_host(spec: str, checkpoint: str | None, pretrained: bool, **arguments
 
 
 def accepts_size(name: str) -> bool:
-    """Return whether the timm model `name` has a fixed image size, as vision transformers do."""
+    """Return whether the timm model `name` accepts the argument `img_size`, as vision transformers do."""
     try:
         import timm
 

@@ -29,7 +29,7 @@ def load_initial(model: nn.Module, path: str, classes: Sequence[str]) -> None:
 
     Position embeddings are resampled. If the classes differ, the head of `model` keeps its weights.
 
-    If the types of attention differ, the weights of attention layers are loaded only for linear layers and norms. Parameters
+    If the types of attention differ, attention layers load only the weights of their linear layers and norms. Parameters
     that occur only in the saved attention layers, such as learned features, are ignored. Parameters that occur only in the
     attention layers of `model` keep their values.
 

@@ -129,7 +129,7 @@ def redraw_features(state: State) -> None:
 
 
 def check_finite(state: State, eval_loss: float = 0.0) -> None:
-    """Raise `SharedError` if `eval_loss`, the loss of any step in this epoch, or any weight is not finite."""
+    """Raise `SharedError` if any weight, the loss of any step in this epoch, or `eval_loss` is not finite."""
     what, step = "", -state.ranks.largest(-int(state.diverged))
     if step < NEVER:
         what = f"the loss of step {step} of epoch {len(state.history) + 1}"

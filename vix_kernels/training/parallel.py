@@ -63,10 +63,7 @@ class Ranks:
         return torch.cat([front, torch.tensor(middle, dtype=torch.long), batch - 1 - front.flip(0)])
 
     def least(self, batch: int) -> int:
-        """Return a lower bound on the number of images that a process gets from a batch of size `batch`.
-
-        The bound excludes the middle image of an odd batch, which the last process gets.
-        """
+        """Return a lower bound on the number of images that a process gets from a batch of size `batch`."""
         return batch if self.world == 1 else 2 * (batch // 2 // self.world)
 
     def sum(self, values: Tensor) -> Tensor:
@@ -94,9 +91,10 @@ class Ranks:
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
-        """Run the block in all processes. If it fails in one process, raise the error in all processes.
+        """If the `with` block fails in one process, raise the error in all processes.
 
-        The block must not call a collective after an operation that may fail, because the other processes would wait forever.
+        All processes must enter the block. The block must not call a collective after an operation that may fail, because the
+        other processes would wait forever.
 
         Raises:
             SharedError: one or more processes raised a UserError or an OSError. A run with only one process raises the original

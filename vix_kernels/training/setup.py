@@ -44,7 +44,7 @@ def located(config: Config) -> tuple[str | None, Path | None]:
 
 
 def resumes(folder: Path, resume: str | None) -> bool:
-    """Return whether `resume` names the last.pt in `folder`. If so, the run in `folder` continues.
+    """Return whether `resume` names last.pt in `folder`. If so, the run in `folder` continues.
 
     Raises:
         UserError: `resume` is None or names another checkpoint, and `folder` contains a run that torchrun has not restarted.
@@ -122,7 +122,7 @@ def check_batches(config: Config, ranks: Ranks, images: int) -> None:
 
 
 def build_model(config: Config, source: Source, device: torch.device, fresh: bool = True) -> tuple[nn.Module, dict[str, Any]]:
-    """Create the model, and check its output shape on zeros. If `fresh` is False, do not load pretrained or initial weights.
+    """Create the model, and check its output shape. If `fresh` is False, do not load pretrained or initial weights.
 
     The image shape and the number of classes come from the dataset. For this library's models, the patch size also comes from
     the dataset, unless --model-kwargs or the model's preset sets it.
@@ -236,9 +236,9 @@ def check_same_data(checkpoint: Checkpoint, config: Config, dataset: Dataset) ->
 
 
 def best_of(resume: str, history: list[dict[str, Any]]) -> Checkpoint | None:
-    """Load the best.pt next to the resumed checkpoint. Return None if it is missing or not from the best epoch in `history`.
+    """Load best.pt from the folder of the resumed checkpoint.
 
-    If best.pt has a different history, it was written later than the resumed checkpoint, or by a different run.
+    Return None if best.pt is missing, or if it is not from the best epoch in `history`.
     """
     path = checkpoint_path(resume).with_name("best.pt")
     best = load_checkpoint(path) if path.is_file() else None

@@ -20,7 +20,7 @@ Augmentation = Callable[[Tensor, Draws], Tensor]
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset before its images are loaded. It has the information needed to create a model and to check a run."""
+    """A dataset before its images are loaded."""
 
     name: str
     classes: tuple[str, ...]
