@@ -60,7 +60,7 @@ def calls(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Iterator[tu
 
 
 def measure(width: int, tokens: int, rounds: int) -> Iterator[Row]:
-    """Yield a row for each method and direction. With at most 512 tokens, each sample is the time of several calls."""
+    """Yield a row for each method and direction, with the time per call."""
     repeats = max(1, 1024 // tokens)
 
     def forward(function: Callable[..., Tensor], leaves: list[Tensor]) -> None:

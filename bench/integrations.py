@@ -118,7 +118,7 @@ Times = dict[str, tuple[float, ...]]
 def measured(name: str, rounds: int) -> tuple[float, dict[str, Times]]:
     """Return the relative error of this library's output, and the time of every call in milliseconds.
 
-    The times are indexed by the direction ("forward" or "full"), and then by the module ("ours" or "host").
+    The times are indexed by "forward" or "full" (forward and backward passes), and then by the module ("ours" or "host").
     """
     torch.manual_seed(0)
     torch.set_num_threads(1)

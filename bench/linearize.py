@@ -1,8 +1,8 @@
 """Convert a trained softmax model to several attention methods, and compare the accuracies. `make linearize` runs this script.
 
-The teacher is a run of `vix train` on a dataset with labels. The script converts the teacher to every method with every number
-of features or landmarks, with and without exact softmax attention for the class token, and with every seed. Conversions to
-Nystrom attention use only the first seed. The script evaluates each converted model once on all held-out images. Each row of
+The teacher is a model trained by `vix train` on a labeled dataset. The script converts the teacher to every method with every
+number of features or landmarks, with and without exact softmax attention for the class token, and with every seed. Conversions
+to Nystrom attention use only the first seed. The script evaluates each converted model once on all held-out images. Each row of
 linearize.csv contains the agreement with the teacher, the accuracy, the mean Kullback-Leibler divergence, and the conversion
 time in seconds. The first row is the teacher. The script writes the file after every conversion, and continues an interrupted
 run. At the end, it draws linearize.png, with the times measured by bench/linearize_time.py if their CSV file is in the same

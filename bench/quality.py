@@ -58,7 +58,7 @@ QUICK = Size(slots=(16, 64), epochs=0, images=2, fields=2)
 class Tokens:
     """q, k and v of shape (1, heads, height * width, WIDTH), where `grid` is (height, width).
 
-    Different images, layers and fields are stored as different heads.
+    Different images, layers and random fields are stored as different heads.
     """
 
     name: str

@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 
 class Budget(NamedTuple):
-    """Upper limits for the ratios of an operator to its peer, or of a model to the original model. None means no limit.
+    """Upper limits for time and memory, relative to the operator's peer or to the original model. None means no limit.
 
     `forward` applies to the time of the forward pass, `full` to the time of the forward and backward passes together, and
     `kept` to the memory saved for the backward pass.

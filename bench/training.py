@@ -92,7 +92,7 @@ def trained(name: str, provider: str, path: str, minutes: float, core: int) -> d
 
 
 def some_of(images: HeldImages, count: int) -> HeldImages:
-    """Return `count` random images. If the dataset is sorted, the first images could all belong to one class."""
+    """Return `count` random images. The first `count` images of a sorted dataset could all belong to one class."""
     drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
     return HeldImages(images.images[drawn], images.labels[drawn])
 

@@ -47,10 +47,7 @@ class ConvStem(nn.Sequential):
 
 
 def conv_layers(widths: Iterable[int], strides: Iterable[tuple[int, int]], activation: type[nn.Module]) -> list[nn.Module]:
-    """Return convolutions, each followed by batch normalization and an activation.
-
-    There is no activation after the last normalization.
-    """
+    """Return convolutions, each followed by batch normalization and, except for the last one, an activation."""
     widths = tuple(widths)
     layers: list[nn.Module] = []
     for before, after, stride in zip(widths, widths[1:], strides, strict=False):

@@ -2,7 +2,9 @@
 
 A `Mixer` is a function that creates the token mixer of a layer. The constructor of a model calls it once per layer:
 
-mixer(dim, place, num_heads=, qkv_bias=, proj_drop=, backend=) -> module(x, rope=rope), for x (B, tokens, dim)
+    module = mixer(dim, place, num_heads=..., qkv_bias=..., proj_drop=..., backend=...)
+
+The forward pass of the model calls module(x, rope=rope), where x has shape (B, tokens, dim).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tests of the compile report, which reads machine code and detects regressions.
+"""Tests of `vix dev compile-report`, which reads the machine code of the kernels and detects regressions.
 
 The tests need neither a GPU nor Triton's interpreter.
 """
@@ -77,7 +77,7 @@ def compile_performer(target: str) -> list[offline.CompiledLaunch]:
 
 
 def shared_both_ways(target: str) -> list[int]:
-    """Compile the toy kernel twice, once only until shared memory is allocated. Return both shared memory sizes in bytes."""
+    """Compile the toy kernel until shared memory is allocated, then completely. Return both shared memory sizes in bytes."""
     x = torch.empty(1024, 64, dtype=torch.bfloat16, device="meta")
     meta = {"D": 64, "BLOCK": 64, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
     arguments = x, x, x, x.stride(0), 1024
@@ -153,7 +153,10 @@ def test_amd_assembly_is_parsed():
 
 
 def test_a_public_call_is_compiled():
-    """At head width 64, the forward kernels use matrix instructions and 128-bit accesses, and do not spill registers."""
+    """On sm_90, the aggregate and broadcast kernels of Performer spill no registers.
+
+    They use matrix instructions and 128-bit accesses.
+    """
     launches = in_subprocess("compile_performer", "sm_90")
     # The batch and the number of heads are too small to fill the GPU, so the tokens are split.
     assert [each["kernel"] for each in launches] == [

@@ -1,4 +1,7 @@
-"""Tests that models, saved folders and runs from commit 5d75bb5 (in tests/earlier) can be loaded and give the same results."""
+"""Test that the current code loads the model and the run in tests/earlier, and reproduces the recorded results.
+
+The files in tests/earlier were written at commit 5d75bb5.
+"""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ def test_a_student_learns_from_its_teacher(run: Path, distill: str, tmp_path: Pa
 
 
 def test_the_distance_of_a_single_output_is_not_zero() -> None:
-    """A softmax over one column is always 1, so there are no probabilities to compare."""
+    """The softmax of a single logit is always 1, so there are no probabilities to compare."""
     actual = torch.tensor([[1.0], [2.0]], requires_grad=True)
     loss = distance(actual, torch.tensor([[2.0], [4.0]]), "soft")
     loss.backward()

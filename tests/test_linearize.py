@@ -278,7 +278,7 @@ def test_results_are_reproducible() -> None:
 
 @pytest.mark.parametrize("stop", [0, 3, 7, 11])
 def test_a_resumed_conversion_is_bit_identical(stop: int, tmp_path: Path, monkeypatch) -> None:
-    """Interrupt the training of the features or the fine-tuning. The results equal those of an uninterrupted conversion."""
+    """Interrupt feature training or fine-tuning. The resumed conversion gives the same results as an uninterrupted one."""
     monkeypatch.setattr(state, "INTERVAL", 2)
     settings = dict(num_features=8, steps=6, finetune_steps=6, finetune_lr=1e-3, progress=False)
     model, batches = make("vix_kernels")
@@ -583,7 +583,7 @@ def test_values_that_are_not_finite_are_refused() -> None:
 
 
 def test_the_state_of_the_caller_is_kept() -> None:
-    """`linearize` does not change `.grad` or the training modes. It can be called under torch.no_grad().
+    """`linearize` does not change gradients or the training mode of modules. It can be called under torch.no_grad().
 
     Hooks that the caller registered earlier can still be removed.
     """

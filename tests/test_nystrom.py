@@ -81,7 +81,7 @@ def paper(q: Tensor, k: Tensor, v: Tensor, q_marks: Tensor, k_marks: Tensor) -> 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("landmarks", ["segment", "grid"])
 def test_equals_the_paper(landmarks: str, backend: str) -> None:
-    """Test segments with fewer queries than keys. For the grid, adaptive_avg_pool2d computes the expected landmarks."""
+    """The segment case has fewer queries than keys. In the grid case, adaptive_avg_pool2d computes the expected landmarks."""
     q, k, v = tokens(35)
     if landmarks == "grid":  # 5 rows and 7 columns
         options = dict(grid_size=(5, 7))

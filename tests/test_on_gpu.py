@@ -1,6 +1,6 @@
 """Tests of bench/on_gpu.sh that run without a GPU.
 
-The script runs parts, such as timing. Each part consists of measurements or checks, called jobs.
+The script is divided into parts, such as timing. Each part consists of measurements or checks, called jobs.
 """
 
 from __future__ import annotations

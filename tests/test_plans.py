@@ -230,7 +230,7 @@ def test_arguments_without_a_signature(arguments: Callable) -> None:
 def test_equal_addresses() -> None:
     """A call whose arguments have equal addresses is not recorded, because a plan identifies arguments by address.
 
-    A plan recorded from a call with distinct addresses can replay a call with equal addresses.
+    A plan recorded from a call with distinct addresses can be replayed for a call with equal addresses.
     """
     x, y = leaves(4, 8)
     for _ in range(3):
@@ -345,7 +345,10 @@ def test_hooks_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["item", "in place", "bool", "equal"],
 )
 def test_functions_that_depend_on_values(operation: Callable[[Tensor], Any]) -> None:
-    """Calls to a function that reads or changes values are not replayed. The entry in `plans.entries` gives the reason."""
+    """Calls are not replayed if the function reads tensor values in Python (such as with `item()`) or changes them in place.
+
+    The entry in `plans.entries` gives the reason.
+    """
     calls = []
 
     @plans.planned
@@ -576,7 +579,7 @@ def test_calls_without_backward_passes() -> None:
 
 
 def test_many_calls_before_the_first_backward_pass() -> None:
-    """Calls by the layers of a model have the same signature. No call is replayed before a backward pass has been recorded."""
+    """No call is replayed before a backward pass has been recorded, even if many calls have the same signature."""
     x, y = leaves(4, 8)
     out = x
     for _ in range(12):

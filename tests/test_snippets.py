@@ -77,7 +77,7 @@ SKIPPED = {f"{name(page)}:{block.line}": block.skipped for page in PAGES for blo
 
 
 def test_no_address_is_a_placeholder() -> None:
-    """This repository has no public address yet, so pages must describe how to install from a checkout."""
+    """Test that no page contains a placeholder address. This repository has no public address yet."""
     for page in (*PAGES, ROOT / "CONTRIBUTING.md"):
         found = re.search(
             r"REPOSITORY|<owner>|your-org|example\.com|git clone (?!https://)|git\+(?!https://)", page.read_text()

@@ -108,9 +108,9 @@ def test_predict(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_saved_models_validate_and_predict(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A saved model has the classes, mean and std of its run.
+    """A saved model has the class names, mean and std of its run.
 
-    A model with a new head has no classes. A model with a different number of channels has no mean and std.
+    A model with a new head has no class names. A model with a different number of channels has no mean and std.
     """
     save_model(load_trained(run, CPU).model, tmp_path / "saved")
     Image.new("L", (8, 8), 99).save(tmp_path / "image.png")
@@ -210,7 +210,7 @@ def test_undecodable_file_names_are_printed(run: Path, tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("mixer", ["vit", "vip", "vin", "vil"])
 def test_the_attention_map_is_the_row_of_the_class_token(mixer: str) -> None:
-    """The weights equal the result of `attention_weights`.
+    """`attention_of` returns the same attention weights as `attention_weights`.
 
     For softmax attention, they equal the first row of softmax(q k^T / sqrt(D)). The product of the weights and v equals the
     attention output without the residual convolution.

@@ -190,7 +190,7 @@ def _replaced(program: ExportedProgram, references: dict[Callable, Callable]) ->
     return program
 
 
-# Replacements that take the same arguments as the operators. Like the functions in _torch/, they cast 16-bit tokens to float32.
+# Replacements that take the same arguments as the operators. Like the functions in _torch/, they cast 16-bit inputs to float32.
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def empty_like_tokens(x: Tensor, width: int) -> Tensor:
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which logits, statistics and sums are computed for tokens of `dtype`."""
+    """Return the dtype in which logits, statistics and sums are computed for inputs of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -39,7 +39,7 @@ class Rotary(NamedTuple):
     """Tables of the rotary embedding for all tokens (ops/rope.py), in the form that the primitives expect.
 
     Attributes:
-        cos, sin: (heads or 1, tokens, R / 2), for the first R channels. float32 (for float64 tokens, float64 is also valid).
+        cos, sin: (heads or 1, tokens, R / 2), for the first R channels. float32 (for float64 inputs, float64 is also valid).
         interleaved: whether channels (2i, 2i + 1) form a pair. If not, channels (i, i + R / 2) do.
         angles: the angles from which cos and sin were computed, or None if the angles do not require a gradient.
     """
@@ -53,7 +53,7 @@ class Rotary(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """The tokens that each landmark averages (primitives/landmarks.py).
+    """The windows of tokens whose means are the landmarks (see primitives/landmarks.py).
 
     Attributes:
         prefix: number of leading tokens that are landmarks themselves.
@@ -72,7 +72,7 @@ class Pool(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Softmax statistics of each row of logits: row_max, the largest logit in base 2, and total = sum exp2(logit - row_max).
+    """Softmax statistics of each row of logits: row_max = log2(e) max(logits) and total = sum(exp2(log2(e) logits - row_max)).
 
     `broadcast` stores 1 / total in place of total.
     """

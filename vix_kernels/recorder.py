@@ -25,7 +25,7 @@ WRITES = {"copy_", "zero_"}  # operations that change only their first argument
 
 @dataclass
 class Base:
-    """A tensor that is not a view of another base. It is kept alive, so that its storage is not reused for another tensor."""
+    """A recorded tensor that is not a view of an earlier one. It is kept alive, so that no other tensor reuses its storage."""
 
     tensor: Tensor
     kind: Literal["input", "allocation", "result", "constant"]
@@ -148,8 +148,8 @@ class Recorder(TorchDispatchMode):
         """Return the indices of the bases that the autograd graph of `results` saves for the backward pass.
 
         If saved tensors require gradients, but none of them is an argument, set `reason`, so that the call is not replayed. In
-        a replay, only saved arguments keep their autograd graph. Without one, double backward, which is not supported, would
-        raise no error.
+        a replay, only saved arguments keep their autograd graph. If no saved argument requires a gradient, double backward
+        would raise no error, although it is not supported.
         """
         nodes, seen, found, requires_grad = [x.grad_fn for x in results], {None}, {}, False
         while nodes:

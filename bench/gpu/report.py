@@ -34,7 +34,7 @@ class Outcome:
 
 
 def write(folder: Path, machine: Row, outcomes: list[Outcome], work: Path) -> str:
-    """Write all output files except the pictures, and return the summary. If one write fails, the others continue."""
+    """Write all output files except the pictures, and return the summary. If one file cannot be written, write the others."""
     problems: list[str] = []
     rows = {outcome.part: outcome.rows for outcome in outcomes}
     everything = dict(machine=machine, parts=[asdict(outcome) for outcome in outcomes])

@@ -55,7 +55,7 @@ def watch(program: str, tool: str, plan: Plan) -> Iterator[Row]:
 
 
 def run_small(plan: Plan, why: str) -> Iterator[Row]:
-    """Run the small calls without compute-sanitizer. They must succeed even where compute-sanitizer cannot run."""
+    """Run the small calls without compute-sanitizer. Yield a skipped row with `why`, or a failed row if a call fails."""
     code, text = plan.finish(SMALL)
     yield skipped(why) if code == 0 else failed(_last_line(text))
 

@@ -1,4 +1,4 @@
-"""LeViN and LeViP: LeViT variants with Nystrom and Performer attention on feature maps, without normalization."""
+"""LeViN and LeViP: LeViT without normalization layers, with Nystrom (LeViN) or Performer (LeViP) attention on feature maps."""
 
 from __future__ import annotations
 

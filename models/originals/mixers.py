@@ -90,7 +90,7 @@ class NystromAttention(Mixer):
     The pseudo-inverse is computed in six iterations, and the convolution of the values has kernel size 33. The sequence is
     padded at the front with all-zero tokens to a multiple of the number of landmarks. The softmax, the landmarks and the rotary
     embedding treat these tokens like all other tokens. For example, a class token and 1024 other tokens are padded with 63
-    all-zero tokens, so the class token is rotated as the 64th token. The initial value of the pseudo-inverse is divided by the
+    all-zero tokens, so the class token is rotated as the 64th token. The initial value of the pseudo-inverse depends on the
     largest row and column sums in the batch, so the output for a sample depends on the other samples.
 
     nystrom_attention does not support fewer tokens than landmarks. In this case, the reference implementation runs.

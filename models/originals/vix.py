@@ -40,8 +40,8 @@ class ViX(nn.Module):
 
     The class token is at position 0. In models that are not rotary, all tokens, including the class token, have learned
     position embeddings. Rotary models instead rotate the query and key of each token according to the token's position in the
-    sequence. The only norm after the residual layers is in the head. pool="mean" averages all tokens, including the class
-    token. `emb_dropout` is applied after the position embedding. `dropout` is applied in the feed-forward networks and, in all
+    sequence. The final norm is in the head, after pooling. pool="mean" averages all tokens, including the class token.
+    `emb_dropout` is applied after the position embedding. `dropout` is applied in the feed-forward networks and, in all
     variants of ViT and ViL, in the attention layers.
 
     Args:
@@ -181,8 +181,8 @@ def patches(channels: int, height: int, width: int, dim: int) -> nn.Module:
 def normed_patches(channels: int, height: int, width: int, dim: int) -> nn.Module:
     """Create the stem of the models in the vision_xformer package: a linear layer between two norms.
 
-    The first norm is over the values of one patch. With patch_size=1, these values are the 3 channels of a pixel, so all
-    gray images have the same logits.
+    The first norm is over the values of one patch. With patch_size=1, these values are the 3 channels of a pixel. The norm
+    removes the brightness of gray pixels, so all gray images have the same logits.
     """
     width_in = height * width * channels
     return nn.Sequential(_cut(height, width), nn.LayerNorm(width_in), nn.Linear(width_in, dim), nn.LayerNorm(dim))

@@ -203,7 +203,7 @@ def integration_targets() -> dict[str, Target]:
 
 
 def wrong_values(name: str, annotation: str, right: Any, fixed: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
-    """Yield a label and a value for each kind of value that a parameter must reject."""
+    """Yield (label, value) pairs with invalid values for the parameter `name`."""
     if annotation.startswith("bool"):
         return
     if "None" not in annotation:

@@ -4,10 +4,10 @@
     python -m tests.hosts --transformers PATH          # also those of transformers, from a checkout
     python -m tests.hosts --only timm-models -- -k fx  # one suite, with arguments for pytest
 
-A suite with models of the host library runs twice: with this library, and without it. A failure with this library is accepted
-if the test also fails without the library, or if suites.py lists the test with a reason. The command prints all other
-failures, and the entries of suites.py whose tests now pass. The exit code is 1 if the command prints any of these, or if a
-suite runs no test. The source distribution of timm and the results are written to build/hosts.
+A suite that tests models of the host library runs twice: with attention from this library, and without it. A failure with
+this library is accepted if the test also fails without it, or if suites.py lists the test with a reason. The command prints all
+other failures, and the entries of suites.py whose tests now pass. The exit code is 1 if the command prints any of these, or if
+a suite runs no test. The source distribution of timm and the results are written to build/hosts.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Slots attend to tokens, one tile of tokens at a time (see primitives/aggregate.py for the equations).
 
-Logits and lse are in base 2. The key bias is passed to baddbmm, which adds it at almost no cost.
+Logits are multiplied by log2(e), and lse is a base-2 logarithm. The key bias is passed to baddbmm, which adds it at almost
+no cost.
 """
 
 from __future__ import annotations

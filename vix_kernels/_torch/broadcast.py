@@ -1,6 +1,6 @@
 """Tokens attend to slots, one tile of tokens at a time (see primitives/broadcast.py for the equations).
 
-Logits and slot_bias are in base 2.
+Logits are multiplied by log2(e), and slot_bias is a base-2 logarithm.
 """
 
 from __future__ import annotations
@@ -121,7 +121,10 @@ def broadcast_backward(
 
 
 def _query_exps(queries: Tensor, pt: Tensor, bias: Tensor, scale: float, square: Scratch) -> tuple[Tensor, Tensor]:
-    """Return exp(g_nj - max_j g_nj) for a tile, (pairs, tokens, M), and the sums over slots (1 if all biases are -inf)."""
+    """Return exp(g_nj - max_j g_nj) for a tile, (pairs, tokens, M), and the sums over slots (1 if all biases are -inf).
+
+    A pair is a sample and a head.
+    """
     logits = torch.baddbmm(bias, queries, pt, alpha=scale * LOG2E, out=square(*queries.shape[:2], pt.shape[2]))
     row_max = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)  # avoids -inf - (-inf)
     logits.sub_(row_max)

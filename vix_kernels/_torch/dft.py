@@ -13,9 +13,9 @@ GROUP_CPU = 1 << 19  # number of elements to transform at a time, so that they a
 def dft(x: Tensor, ortho: bool) -> Tensor:
     """Return y, computed with a quarter of the work of a complex FFT. 16-bit inputs are transformed in float32.
 
-    y is half of the 2D Fourier transform of w(n, d) = x(n, d) + x(-n, -d). Because w(n, d) = w(-n, -d), the transform of w over
-    the channels is Hermitian in n, and the subsequent transform over the tokens is real. The first transform needs only half of
-    the rows, and the second transform needs only half of the columns.
+    y is 0.5 times the 2D Fourier transform of w(n, d) = x(n, d) + x(-n, -d). Because w(n, d) = w(-n, -d), the transform of w
+    over the channels is Hermitian in n, and the subsequent transform over the tokens is real. The first transform needs only
+    half of the rows, and the second transform needs only half of the columns.
     """
     batch, tokens, width = x.shape
     rows, columns = tokens // 2 + 1, width // 2 + 1

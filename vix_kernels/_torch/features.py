@@ -13,7 +13,10 @@ from .tiles import Group, Rotation, Scratch, Tile, expand_slots, flat, wide, win
 
 
 class Features:
-    """Computes the features of tokens, and the gradients through these features, for one forward or backward pass."""
+    """Computes the features of tokens, and backpropagates through the features.
+
+    Each forward or backward pass creates an instance.
+    """
 
     def __init__(self, slots: Tensor | None, x: Tensor, rotary: Rotary | None, feature_map: str) -> None:
         self.like = x.new_empty(0, dtype=wide(x[:0]).dtype)
@@ -46,7 +49,7 @@ class Features:
         return dlogits.mul_(self._exp(logits) if self.elu else logits > 0)
 
     def _exp(self, logits: Tensor) -> Tensor:
-        """Return exp(min(logits, 0)), the slope of elu(x) + 1 at the logits. The result never overflows."""
+        """Return exp(min(logits, 0)), the derivative of elu(x) + 1 at the logits."""
         torch.clamp(logits, max=0, out=self.third(*logits.shape))
         return self.third.apply(torch.exp)
 

@@ -52,8 +52,8 @@ def landmarks_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return dq and dk. Gradients that `needs` does not request are empty.
 
-    For x = q and x = k:
-    dx_n = dx_other_n + sum of (dmarks + dmarks_2)_j / counts_j over all windows j that contain token n
+    For x = q and x = k, with the terms in `gradients`:
+    dx_n = dx_other_n + sum of (dx_marks + dx_marks_2)_j / counts_j over all windows j that contain token n
 
     With RoPE, the sum is rotated back. For a masked token, dx_n = dx_other_n.
     """

@@ -83,7 +83,7 @@ def pinv_backward(
 
 
 def _attention(q: Tensor, k: Tensor, q_counts: Tensor | None, k_counts: Tensor | None, scale: float) -> Tensor:
-    """Return A (pairs, L, L) for landmarks (pairs, L, D) of all pairs (sample, head). Masked rows and columns are 0."""
+    """Return A (batch * heads, L, L) for landmarks (batch * heads, L, D). Masked rows and columns are 0."""
     a = torch.bmm(q, k.mT).mul_(scale)
     if k_counts is not None:
         hidden = _masked(k_counts, len(a)).unsqueeze(1)
@@ -94,9 +94,9 @@ def _attention(q: Tensor, k: Tensor, q_counts: Tensor | None, k_counts: Tensor |
 
 
 def _start(a: Tensor, init: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Z_0 = A^T / s, the divisor s, and the column sums of A (pairs, 1, L).
+    """Return Z_0 = A^T / s, the divisor s, and the column sums of A (batch * heads, 1, L).
 
-    s is (pairs, 1, 1), or one number if init is "original".
+    s is (batch * heads, 1, 1), or one number if init is "original".
     """
     sums = a.sum(1, keepdim=True)
     s = sums.amax() if init == "original" and len(a) else sums.amax(-1, keepdim=True)
@@ -116,16 +116,16 @@ def _advance(z: Tensor, y: Tensor) -> Tensor:
 
 
 def _masked(counts: Tensor, pairs: int) -> Tensor:
-    """Return a mask (pairs, L) that is True for masked landmarks."""
+    """Return a mask (batch * heads, L) that is True for masked landmarks."""
     return (counts <= 0).repeat_interleave(pairs // max(1, len(counts)), 0)
 
 
 def read(x: Tensor, counts: Tensor | None) -> Tensor:
-    """Reshape x (batch, heads, L, width) to (pairs, L, width), cast it to the accumulator's dtype, and set masked rows to 0."""
+    """Return x (batch, heads, L, width) as (batch * heads, L, width) in the accumulator's dtype. Masked rows are 0."""
     x = x.to(accumulator(x.dtype))
     return (x if counts is None else x.masked_fill((counts <= 0)[:, None, :, None], 0)).flatten(0, 1)
 
 
 def _split(x: Tensor, like: Tensor) -> Tensor:
-    """Reshape x (pairs, L, width) to the shape of `like`, (batch, heads, L, width), and cast it to the dtype of `like`."""
+    """Return x (batch * heads, L, width) in the shape (batch, heads, L, width) and the dtype of `like`."""
     return x.view(like.shape).to(like.dtype)

@@ -1,12 +1,13 @@
-"""Tiles of tokens, rotations and buffers for the primitives in PyTorch.
+"""Tiles, rotations and buffers for the PyTorch implementations of the primitives.
 
 The PyTorch implementations are the bodies of registered operators, so they do not use autograd. Each backward function is
-written explicitly, and recomputes intermediate results that the forward function did not save. Only the logits for one tile of
+written explicitly, and recomputes intermediate results that the forward function did not save. The logits of only one tile of
 tokens are in memory at a time, in a buffer that all tiles reuse. Products and sums are computed in float32 (float64 for float64
 inputs). 16-bit inputs are cast one tile at a time.
 
 Shapes: slots (Bs, Hs, M, D) with Bs in {1, B} and Hs in {1, H}; q, k (B, H, N, D); v (B, H, N, E); values (B, H, M, E);
-mask bool (B, N); cos, sin float32 or float64 (1 or H, N, R / 2), for the first R <= D channels of q or k.
+mask bool (B, N); cos, sin float32 or float64 (1 or H, N, R / 2), for the first R <= D channels of q or k. In
+shapes, a pair is a sample and a head.
 Outputs and gradients of tokens have the same memory layout as the tokens. Other tensors are contiguous.
 """
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ..layout import Rotary, accumulator, flattened
 
-LOG2E = 1 / math.log(2)  # logits are in base 2, because exp2 is several times faster than exp on a CPU
+LOG2E = 1 / math.log(2)  # logits are multiplied by log2(e), because exp2 is several times faster than exp on a CPU
 # Number of logits per tile. On a CPU, the logits of a tile fit in the caches of a core. On a GPU, a tile has enough logits to
 # hide the overhead of kernel launches.
 TILE_CPU, TILE_GPU = 2**19, 2**24
@@ -111,7 +112,7 @@ class Scratch:
         return self.view
 
     def apply(self, function: Callable[..., Tensor]) -> Tensor:
-        """Call function(x, out=x) on the current view with the same rounding for all elements.
+        """Call function(x, out=x) on the current view, and return the view. The rounding is the same for all elements.
 
         PyTorch computes the last few elements of each thread one by one, and its scalar exp2 rounds differently from its
         vectorized exp2. The buffer is padded so that each thread computes a whole number of vectors. So the result for a sample
@@ -191,7 +192,7 @@ def write(x: Tensor, where: Group | Tile, rows: Tensor, rope: Rotation | None = 
 
 
 def unused_rows(queries: Tensor, total: Tensor, dresult: Tensor) -> Tensor | None:
-    """Return a mask (pairs, tokens, 1) of tokens that contain NaN or inf although their output gradient is 0, as in padding.
+    """Return a mask (pairs, tokens, 1) of tokens that contain NaN or inf and have an output gradient of 0.
 
     The gradients of these tokens must be 0, but 0 times NaN is NaN. On a CPU, return None if no token contains NaN or inf. On a
     GPU, this check would synchronize, so it is skipped. Checking only `total` is not enough, because `total` is finite if all

@@ -2,9 +2,9 @@
 
 Logits are in base 2, so every exponential is one exp2. In the forward kernel and in the kernel for slot gradients, a program
 loads a tile of slots and then loops over a chunk of the tokens. In the kernel for token gradients, a program loads all slots
-before its loop over a chunk of the tokens, if `Tile.resident` allows it. Otherwise, the program loads the slots again for each
-tile of tokens. No kernel uses atomics. Each output is written once, by one program, and the results of chunks are merged in a
-fixed order.
+before its loop over a chunk of the tokens, if there are at most `Tile.resident` tiles of slots. Otherwise, the program loads
+the slots again for each tile of tokens. No kernel uses atomics. Each output is written once, by one program, and the results of
+chunks are merged in a fixed order.
 
 FOLD is set if slots are float32 and tokens are bfloat16. With FOLD, the loaded slots include the factor scale * log2(e), `size`
 is 1 (see prepare.py), and vectors, such as the bias of the keys, are added by an additional matrix product (see logits.py).

@@ -1,9 +1,9 @@
 """Kernels for `broadcast`: N tokens attend to M slots (see primitives/broadcast.py for the equations).
 
 Logits are in base 2. In the forward kernel and in the kernel for token gradients, a program loads all slots before its loop
-over a chunk of the tokens, if `Tile.resident` allows it. In the kernel for slot gradients, a program loads a tile of slots and
-then loops over a chunk of the tokens. If one tile contains all slots and `Tile.apart` is False, this kernel also computes the
-token gradients. Each output is written once, by one program.
+over a chunk of the tokens, if there are at most `Tile.resident` tiles of slots. In the kernel for slot gradients, a program
+loads a tile of slots and then loops over a chunk of the tokens. If one tile contains all slots and `Tile.apart` is False, this
+kernel also computes the token gradients. Each output is written once, by one program.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def attend(
 
 @triton.jit
 def has_no_slot(bias, bias_m, M, BIASED: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Return whether a head has no valid slot. A slot is valid if its bias is not -inf or, if BIASED is "mask", not 0."""
+    """Return whether every slot of a head is invalid. A slot is invalid if its bias is -inf (0 if BIASED is "mask")."""
     found = tl.zeros((BLOCK_M,), tl.int32)
     for start in range(0, M, BLOCK_M):
         o_m = start + tl.arange(0, BLOCK_M)

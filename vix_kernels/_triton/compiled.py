@@ -36,7 +36,7 @@ class Compiled(NamedTuple):
     constexprs: tuple[Any, ...]
 
     def start(self, grid: tuple[int, int, int], stream: int, args: list[Any]) -> None:
-        """Launch the kernel on the current device. In `args`, each tensor is replaced by its address."""
+        """Launch the kernel on the current device. `args` must contain the addresses of tensors, not tensors."""
         self.run(*grid, stream, self.function, self.metadata, None, None, None, *args, *self.constexprs)
 
 
@@ -78,10 +78,10 @@ def run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[st
 
 
 def needs_triton() -> bool:
-    """Return whether Triton must handle every launch, because hooks are set or compiled code depends on more than `run`'s key.
+    """Return whether Triton must handle every launch.
 
-    `Compiled.start` does not call launch hooks. On AMD GPUs, compiled code also depends on the sizes of tensors. Debugging and
-    instrumentation change the compiled code, and can be enabled at any time.
+    `Compiled.start` does not call launch hooks. On AMD GPUs, compiled code depends on the sizes of tensors, which `run`
+    ignores. Debugging and instrumentation change the compiled code, and can be enabled at any time.
     """
     runtime = knobs.runtime
     # By default, each hook is an empty chain.

@@ -82,13 +82,13 @@ class LaunchConfig:
     def slots(self, num_slots: int) -> int:
         """Return the number of slots per tile.
 
-        This is the smaller of two numbers: the slots per tile in the launch table, and the smallest power of two >= 64 that is
-        not less than `num_slots`.
+        This is the smaller of two numbers: the slots per tile in the launch table, and `num_slots` rounded up to a power of
+        two, but at least 64.
         """
         return min(self.tile.slots, max(64, power_of_2(num_slots)))
 
     def stream(self, programs: int, tokens: int, num_slots: int) -> tuple[int, dict[str, int]]:
-        """Return the number of tokens per program and updates to `meta`, for a kernel whose programs loop over tokens.
+        """Return the number of tokens per program and a dict of updates to `meta`, for kernels whose programs loop over tokens.
 
         TILES is the number of tiles of BLOCK_M slots that a program loads once, before the loop. It is 0 if the program loads
         the slots again for every tile of tokens. `programs` is the number of programs per chunk, as in the method `chunk`.
@@ -100,7 +100,7 @@ class LaunchConfig:
         return size, dict(BLOCK_M=block, TILES=tiles if tiles <= self.tile.resident else 0)
 
     def keep(self, num_slots: int) -> tuple[int, dict[str, int]]:
-        """Return the number of slots per program and updates to `meta`, for a kernel with one tile of slots per program.
+        """Return the number of slots per program and a dict of updates to `meta`, for kernels with one slot tile per program.
 
         A tile with fewer slots than in the launch table has proportionally fewer warps. For example, a tile of 128 slots with 8
         warps can become a tile of 64 slots with 4 warps. Tiles are not reduced below 64 slots.
@@ -181,9 +181,9 @@ def kernel_name(entry: str) -> str:
 def find_tile(arch: str, kernel: str, bits: int, width: int, heavy: bool) -> tuple[Key, Tile]:
     """Return the key in the launch table and the tile of `kernel` on `arch`.
 
-    If `heavy`, prefer the entry `{kernel}_heavy`, for launches that need many registers. If the entry with a suffix (see
-    VARIANTS) does not exist, the entry without the suffix is used. An entry with a suffix in TABLE takes precedence over an
-    entry without a suffix in OVERRIDES.
+    If `heavy`, prefer the entry `{kernel}_heavy`, for launches that need many registers. If an entry with a suffix (see
+    VARIANTS) does not exist, the entry without the suffix is used. A TABLE entry with a suffix takes precedence over an
+    OVERRIDES entry without one.
     """
     names = (f"{kernel}_heavy", kernel, kernel_name(kernel)) if heavy else (kernel, kernel_name(kernel))
     keys = [(name, bits, width) for name in dict.fromkeys(names)]
@@ -254,7 +254,7 @@ def token_strides(x: Tensor) -> tuple[int, int, int]:
 
 
 def output_strides(x: Tensor) -> tuple[int, int, int]:
-    """Return token_strides(x), or zeros if x is the empty placeholder of a gradient that is not needed."""
+    """Return token_strides(x), or zeros if x is an empty placeholder for a gradient that is not needed."""
     return token_strides(x) if x.dim() == 4 else (0, 0, 0)
 
 

@@ -64,8 +64,8 @@ def load_state(
 ):  # fmt: skip
     """For a tile of slots, return two operands for logits (see load_operands), two operands for values, and the norms.
 
-    The norms are divided by `largest`. The values are sums / largest. In float16, whose range is too small for sums / largest,
-    the values are the means sums / norms. For 16-bit tokens, the two operands for values are the rounded values and the
+    The norms are divided by `largest`. In float16, whose range is too small for sums / largest, the values are sums / norms. In
+    other dtypes, they are sums / largest. For 16-bit tokens, the two operands for values are the rounded values and the
     rounding errors. Rows whose index is M or greater are 0.
     """
     o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)
@@ -269,11 +269,11 @@ def linear_broadcast_slots_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PROJECTED: tl.constexpr, ELU: tl.constexpr,
     NEED_SLOTS: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute the contribution of a chunk of tokens to dsums, dnorms and, if NEED_SLOTS, dslots.
+    """For a tile of slots, compute the contribution of a chunk of tokens to dsums, dnorms and, if NEED_SLOTS, dslots.
 
-    Each program handles a tile of slots of one sample and head. The gradients contain features divided by the token's total.
-    The kernel divides dout and delta instead of features, except in float16, where these quotients could overflow. In float16,
-    it multiplies features by HALF_SCALE and the slot's norm, and divides them by the total. The results are <= HALF_SCALE.
+    In the formulas of the gradients, features are divided by `total`, the denominator of out. The kernel divides dout and delta
+    instead of features, except in float16, where these quotients could overflow. In float16, it multiplies features by
+    HALF_SCALE and the slot's norm, and divides them by the total. The results are <= HALF_SCALE.
     """
     i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H

@@ -1,6 +1,6 @@
 """Device functions that all `pinv` kernels use.
 
-They load landmarks, and compute the attention weights A and the divisor s in Z_0 = A^T / s.
+They load landmarks, and compute the attention weights A and the divisor s (see primitives/pinv.py for the equations).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .tiles import LOG2E, load_tile, row_products
 
 @triton.jit
 def has_landmark(counts, i_b, counts_b, counts_l, landmarks, L, MASKED: tl.constexpr):
-    """Return a mask of the valid landmarks. `landmarks` contains their indices.
+    """Return, for each index in `landmarks`, whether the landmark is valid.
 
     A landmark is valid if its index is below L. If MASKED, it must also average at least one token.
     """

@@ -82,9 +82,9 @@ def advance(a, z, COMPUTE: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def normalize(dz, size, PARTS: tl.constexpr):
-    """Return dz multiplied by a power of two, and `size` divided by the same power. If PARTS is 0, return both unchanged.
+    """Return dz and `size`, rescaled by a power of two such that the gradient dz * size does not change.
 
-    The scaling keeps dz and its products within the range of float16.
+    The scaling keeps dz and its products within the range of float16. If PARTS is 0, both are returned unchanged.
     """
     if PARTS > 0:
         exponent = tl.max(tl.max(tl.abs(dz), 1), 0).to(tl.int32, bitcast=True) >> 23
@@ -177,7 +177,7 @@ def pinv_forward_registers_kernel(
     D: tl.constexpr, E: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr,
     Q_MASKED: tl.constexpr, K_MASKED: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Compute out = Z_T values for one head of one sample."""
+    """Compute out = Z values for one head of one sample. Z is the result of the last iteration."""
     i_b, i_h = (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)
     q, k, values = q + i_b * q_b + i_h * q_h, k + i_b * k_b + i_h * k_h, values + i_b * values_b + i_h * values_h
     o_l = tl.arange(0, SIZE)

@@ -1,7 +1,7 @@
 """Kernels for `project`: K slots are learned linear combinations of N tokens (see primitives/project.py for the equations).
 
-Keys and values are two independent sums. The last axis of each grid selects one of them. Each program accumulates only one of
-the sums, so its tile can have enough slots for matrix instructions.
+The results for keys and for values are two independent sums. The last axis of each grid selects one of them. Each program
+accumulates only one of the sums, so its tile can have enough slots for matrix instructions.
 
 Triton specializes the kernels on whether the number of slots is divisible by 16, because divisibility allows 128-bit loads. The
 kernels are not specialized on the number of tokens.

@@ -64,7 +64,7 @@ def split_parts(x, DTYPE: tl.constexpr, SPLIT: tl.constexpr):
 
 @triton.jit
 def slot_program(M, N, chunk, BLOCK_M: tl.constexpr):
-    """Return the slots and tokens of a program that keeps a tile of slots and loops over a chunk of tokens.
+    """Return the (sample, head) pair, the tile of slots and the chunk of tokens that a program processes.
 
     Tokens are split into chunks because the batch and the heads alone may not fill the device. The results of the chunks are
     stored as (batch x heads, chunks, M).
@@ -82,7 +82,7 @@ def slot_program(M, N, chunk, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def token_program(N, BLOCK_N: tl.constexpr):
-    """Return the tokens of a program that processes one tile of tokens.
+    """Return the (sample, head) pair and the tile of tokens that a program processes.
 
     Returns:
         The index of the (sample, head) pair, the indices of the tokens, and a mask of the indices below N.
@@ -94,7 +94,7 @@ def token_program(N, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def stream_program(N, chunk):
-    """Return the tokens of a program that processes one chunk of tokens with all slots of a head.
+    """Return the (sample, head) pair and the chunk of tokens that a program processes with all slots of the head.
 
     Returns:
         The index of the (sample, head) pair, the first token, and the end of the chunk (exclusive).
@@ -177,7 +177,8 @@ def pair_channels(BLOCK_D: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr, 
 def load(pointers, mask, AGAIN: tl.constexpr):
     """Load values, or 0 where `mask` is False.
 
-    Set AGAIN for a second load after a loop. The eviction policy then keeps the compiler from reusing the first load.
+    Set AGAIN to load the same values a second time, after a loop. A different eviction policy then keeps the compiler from
+    reusing the first load.
     """
     if AGAIN:
         x = tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first")

@@ -276,7 +276,7 @@ def _check_places(core: Core, *lengths: int) -> None:
 
 
 def check_trained(core: Core, retrain: bool) -> None:
-    """Raise ValueError if `retrain` is False and `core` requires weights that were trained with it."""
+    """Raise ValueError if `core` requires retraining and `retrain` is False."""
     if not core.takes_trained_weights() and not retrain:
         raise ValueError(
             f"retrain: expected True for {core.name!r}, got False: it does not approximate softmax attention closely enough "

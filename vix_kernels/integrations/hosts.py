@@ -86,7 +86,7 @@ def replace_each(
 ) -> Report:
     """Replace the attention of every supported attention module in `model`.
 
-    The new child module `vix`, a copy of `attention`, computes the attention. If an error occurs, undo all replacements.
+    Add a copy of `attention` to each module, as the child module `vix`. If an error occurs, undo all replacements.
 
     Args:
         model: the host model.

@@ -268,7 +268,8 @@ def _put(model: nn.Module, name: str, layer: dict[str, Any], path: Path) -> None
 def _structure(model: nn.Module) -> str:
     """Return a digest of the names, classes and settings of the modules in `model`.
 
-    The digest skips child modules `vix`, dropout modules and nn.Identity. timm uses nn.Identity for dropout with rate 0.
+    The digest ignores child modules named `vix`, dropout modules and nn.Identity modules. timm uses nn.Identity for dropout
+    with rate 0.
     """
     lines = []
     for name, module in model.named_modules():

@@ -2,7 +2,7 @@
 
     from vix_kernels.integrations.linformer import LinformerSelfAttention
 
-Unlike the package's module, this module raises an error if forward receives unknown arguments.
+Unlike the original, this module raises an error if forward receives unknown arguments.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     from vix_kernels.integrations.nystrom_attention import NystromAttention
 
-With compat=True (the default), NystromAttention reproduces three quirks of the package:
+With compat=True (the default), NystromAttention reproduces three quirks of the original:
 
 - The sequence is padded at the front with zero tokens to a multiple of the number of landmarks.
-- The initial iterate of the pseudo-inverse is divided by the largest row and column sums in the batch, so the output for a
+- The initial iterate of the pseudo-inverse depends on the largest row and column sums in the batch, so the output for a
   sample depends on the other samples.
 - With a mask, a landmark without valid tokens attends equally to all landmarks, so it affects the pseudo-inverse.
 """
@@ -42,8 +42,8 @@ class NystromAttention(nn.Module):
         eps: with a mask, this constant is added to the number of valid tokens in each segment. It is only used in calls that
             run in plain PyTorch (see below).
         dropout: dropout rate of the output.
-        compat: if True, return the same results as the package. If False, exclude padding, masked tokens and landmarks without
-            valid tokens, and compute each sample independently of the other samples.
+        compat: if True, return the same results as nystrom-attention. If False, exclude padding, masked tokens and landmarks
+            without valid tokens, and compute each sample independently of the other samples.
         backend: as in `vix_kernels.nystrom_attention`.
 
     Calls that return attention matrices, and calls with a mask if compat is True, compute the attention in plain PyTorch.
@@ -119,7 +119,7 @@ class NystromAttention(nn.Module):
                 conv_weight=self.res_conv.weight if self.residual else None,
             )  # fmt: skip
         out = rearrange(out, "b h n d -> b n (h d)")
-        # In training, the package also applies dropout to the padding. Do the same, so that the dropout masks are equal.
+        # In training, nystrom-attention also applies dropout to the padding. Do the same, so that the dropout masks are equal.
         out = self.to_out(out)[:, padding:] if self.compat and self.training else self.to_out(out[:, padding:])
         if return_attn_matrices:
             return out, tuple(factors)
@@ -144,7 +144,7 @@ class NystromAttention(nn.Module):
             if valid_rows is None:
                 return logits.softmax(-1)
             valid = valid_rows & valid_columns.mT
-            # In the package, the weights of an invalid row are uniform.
+            # In nystrom-attention, the weights of an invalid row are uniform.
             weights = logits.masked_fill(~valid, torch.finfo(logits.dtype).min).softmax(-1)
             return weights if self.compat else weights.masked_fill(~valid, 0.0)
 

@@ -58,8 +58,8 @@ class FastAttention(nn.Module):
         kernel_fn: the function for generalized_attention. Attention with these features runs in plain PyTorch.
         no_projection: whether to omit the random features and return softmax(q) softmax(k)^T v. The softmax of q is over the
             channels, and the softmax of k is over the tokens.
-        compat: if True, subtract the maxima from the exponents of the features and add eps to the features, as the package
-            does. If False, omit both, which is faster.
+        compat: if True, subtract the maxima from the exponents of the features and add eps to the features, as
+            performer-pytorch does. If False, omit both, which is faster.
         backend: as in performer_attention.
 
     The buffer `projection_matrix` defines the random features. It is generated with PyTorch's global random number generator.

@@ -281,7 +281,7 @@ def replace_attention(
 
     Landmarks and agents are placed on the patch grid, which may differ between calls if the model accepts any image size. Each
     prefix token (class or register token) is a separate landmark or agent. `options` can change this placement. With patch
-    dropout, the tokens do not form a grid, so landmarks and agents are means of segments. The report describes the placement.
+    dropout, landmarks and agents are means of segments of the sequence. The report describes the placement.
 
     Args:
         model: a timm model.

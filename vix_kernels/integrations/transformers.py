@@ -365,7 +365,7 @@ def _one_row(attention_mask: Tensor) -> Tensor:
 
 
 def fnet_transform(module: modeling_fnet.FNetBasicFourierTransform, hidden_states: Tensor) -> tuple[Tensor]:
-    """Forward method of FNetBasicFourierTransform that uses only real numbers.
+    """Compute the output of FNetBasicFourierTransform with `fourier_mixing`.
 
     hidden_states and the only entry of the returned tuple are (batch, tokens, channels).
     """

@@ -91,7 +91,7 @@ def select_children(model: PreTrainedModel, replaced: Iterable[nn.Module]) -> No
 
 @contextmanager
 def with_entries(whole: PreTrainedConfig, model: PreTrainedModel | None = None) -> Iterator[None]:
-    """Inside the `with` block, add attn_implementation and vix_attention to a configuration and its sub-configurations.
+    """Add attn_implementation and vix_attention to a configuration and its sub-configurations during the `with` block.
 
     If `model` is None, keep the layer descriptions that the configuration already contains.
     """

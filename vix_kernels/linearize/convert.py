@@ -58,11 +58,10 @@ def linearize(
 
     The model can be from timm, transformers or vix_kernels.models, or contain nn.MultiheadAttention. With op="feature", each
     layer learns features that make its output close to the output of softmax attention for the same q, k and v (Hedgehog, arXiv
-    2402.04347). The weights of the model do not change, unless `finetune_steps` is set. Class and register tokens use exact
-    softmax attention, unless exact_prefix=False or op="linear". With op="nystrom", there are no features to learn. In each
-    layer, `linearize` compares landmarks on the token grid with landmarks in segments of the sequence, and chooses the
-    placement with the smaller error. Under torchrun, each batch is split among the processes, so all processes must receive the
-    same batches.
+    2402.04347). The weights of the model do not change unless finetune_steps > 0. Class and register tokens use exact softmax
+    attention, unless exact_prefix=False or op="linear". With op="nystrom", there are no features to learn. Instead, `linearize`
+    tries landmarks on the token grid and in segments of the sequence, and keeps the placement with the smaller error in each
+    layer. Under torchrun, each batch is split among the processes, so all processes must receive the same batches.
 
     Args:
         model: the trained model. It stays on its device.
@@ -235,7 +234,7 @@ class Conversion:
         return [parameter for layer in self.layers for parameter in layer.parameters]
 
     def drop_refused(self) -> None:
-        """Move layers that cannot be converted from `layers` to `refused`, and add the reasons to the report."""
+        """If a layer cannot be converted, move it from `layers` to `refused`, and add the reason to the report."""
         for layer in self.layers:
             if layer.tokens < 2 and not layer.reason:
                 layer.reason = f"expected at least 2 tokens, got {layer.tokens}"

@@ -47,7 +47,7 @@ class Report:
             not a classifier, the relative squared error of the output.
         samples: the number of samples on which `agreement` and `divergence` were measured.
         steps, seconds: the number of training steps, and the duration of the conversion.
-        milliseconds: median times of a forward pass on one batch: (with softmax attention, with the new attention).
+        milliseconds: the median times of a forward pass on one batch, as a pair (softmax attention, new attention).
         warnings: messages about conversions that do not save time.
     """
 
@@ -110,9 +110,10 @@ class Report:
         write_atomically(Path(path), lambda temporary: figure.savefig(temporary, format="png", dpi=150))
 
     def add_times(self, model: nn.Module, batch: Any, with_softmax: Callable[[], Any], rounds: int = 3) -> None:
-        """Measure the times of a forward pass on `batch`, and add a warning if the converted model is slower.
+        """Time a forward pass on `batch` with softmax attention and with the new attention.
 
-        `with_softmax` returns a context manager that makes the model compute softmax attention.
+        Add a warning if the new attention is slower. `with_softmax` returns a context manager that makes the model compute
+        softmax attention.
         """
         self.milliseconds = compare(model, batch, with_softmax, rounds=rounds)
         if self.milliseconds[1] > self.milliseconds[0]:

@@ -82,8 +82,8 @@ class Layer:
 def layer_of(name: str, holder: Mounted, op: str, options: dict[str, Any], several: bool) -> Layer:
     """Return a layer with its candidate cores.
 
-    For "nystrom", the candidates differ in the placement of the landmarks (on the grid or in segments) and, if `several` is
-    set, in the number of landmarks. Options that the user specified are the same in all candidates.
+    For "nystrom", the candidates differ in the placement of the landmarks (on the token grid or in segments of the sequence)
+    and, if `several` is set, in the number of landmarks. Options that the user specified are the same in all candidates.
     """
     core = holder.core
     if op != "nystrom":
@@ -254,7 +254,7 @@ def cluster(points: Tensor, count: int, seed: int) -> Tensor:
 
 
 def transferring(layers: list[Layer], action: Action) -> None:
-    """Make all layers compute softmax attention, and pass their calls to `action`."""
+    """Replace the core of each layer with a `Transfer` that calls `action`."""
     for layer in layers:
         layer.holder.core = Transfer(layer, action)
 

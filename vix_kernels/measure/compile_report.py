@@ -161,7 +161,7 @@ def prepare_worker(modules: Iterable[str]) -> None:
 
 
 def by_workers(jobs: int, function: Callable[..., Result], cells: list[tuple]) -> Iterator[Result]:
-    """Yield the result of function(*cell) for every cell, in the order in which the results arrive.
+    """In `jobs` worker processes, call function(*cell) for every cell. Yield the results as they arrive.
 
     The first three elements of a cell are the architecture, the dtype (or its number of bits) and the head width. Cells with
     the largest head widths start first, to balance the load.

@@ -255,7 +255,8 @@ def align(ours: list[MachineLoop], sources: list[Loop]) -> list[tuple[MachineLoo
 class Analysis:
     """Results of the analysis of a kernel's machine code.
 
-    Values for the main loops are per `unit`, except `waits` and `products`. If `unit` is "", these values are 0 or empty.
+    Values for the main loops are per `unit`, except `waits` and `products`. If `unit` is "", all values for the main loops are
+    0 or empty.
 
     Attributes:
         unit: "logit", or "value" if no main loop computes logits (see ttgir.Loop). "" if there is no main loop, or if no main

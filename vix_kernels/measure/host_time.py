@@ -128,7 +128,7 @@ def without_gradients(call: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def both_of(call: Callable[[], Any], wanted: tuple[Tensor, ...]) -> Callable[[], Any]:
-    """Return a function that runs `call` and its backward pass."""
+    """Return a function that runs `call` and returns the gradients with respect to the tensors in `wanted`."""
     first = call()
     cotangents = [torch.empty_like(x) for x in (first if isinstance(first, tuple) else (first,))]
 

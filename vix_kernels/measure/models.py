@@ -1,9 +1,9 @@
 """`vix bench --models`: inference and training steps of the models, compared with their original implementations.
 
 If the vision_xformer 0.2.0 wheel is installed, the originals of ViL, ViP, ViN and FNet come from this wheel. All other
-originals are the published models in plain PyTorch ("plain form"), as built by `from_original`. The original training scripts
-apply autocast only to the loss, so they train in float32. In the bf16 rows, the forward pass of the original also runs under
-autocast. Dropout rates are those of the published configurations.
+originals are the published models in plain PyTorch, as built by `from_original`. The output labels them "plain form". The
+original training scripts apply autocast only to the loss, so they train in float32. In the bf16 rows, the forward pass of the
+original also runs under autocast. Dropout rates are those of the published configurations.
 """
 
 from __future__ import annotations

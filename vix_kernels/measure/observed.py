@@ -1,4 +1,4 @@
-"""Record the kernel launches of a call without compiling kernels, and identify the machine code of each launch by a hash."""
+"""Record the kernel launches of a call without compiling kernels. Each launch has a hash of what determines its code."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class OnMeta(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Use:
-    """A pass in the compile report: the operator with its variant, "forward" or "backward", and the number of slots."""
+    """A pass in the compile report. `op` is the operator with its variant, and `direction` is "forward" or "backward"."""
 
     op: str
     direction: str
@@ -153,7 +153,7 @@ class Use:
 
 
 def calls(spec: OpSpec, width: int, dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
-    """Yield the name and the case of each call to the operator of `spec` in the compile report."""
+    """Yield (name, case) for each call that the compile report makes to the operator described by `spec`."""
     cases = list(spec.compiled + spec.variants)
     for case in spec.compiled[:1]:
         if any(each.masked for each in spec.cases):

@@ -46,7 +46,7 @@ WALL_BELOW = 2.0
 
 @dataclass(frozen=True)
 class Effort:
-    """How much to measure: rounds of calls on a CPU, milliseconds of calls on a GPU, and whether to measure memory."""
+    """How much to measure: the number of rounds (CPU), the duration in milliseconds (GPU), and whether to measure memory."""
 
     rounds: int = 5
     milliseconds: float = 40.0
@@ -183,7 +183,7 @@ class Race:
         self.truth = Truth(problem)
 
     def run(self, direction: str, providers: Sequence[str], what: Row) -> dict[str, Result]:
-        """Return a dict that maps each provider to its result for `direction`. Each row includes the entries of `what`."""
+        """Check and time the providers for `direction`. Return the results by provider. Each result's row includes `what`."""
         results, calls = {}, {}
         for name in providers:
             label = what | dict(provider=name, direction=direction)
@@ -343,7 +343,7 @@ class Truth:
 
 
 def _cotangents(outputs: Iterable[Tensor]) -> list[Tensor]:
-    """Draw cotangents for one sample and repeat them for all samples, because `Truth` computes only the first sample."""
+    """Draw cotangents for one sample and repeat them for all samples, because `Truth` has results for only the first sample."""
 
     def one(x: Tensor) -> Tensor:
         generator = torch.Generator(x.device).manual_seed(1)

@@ -163,7 +163,7 @@ KEY = COLUMNS[:9]  # the columns up to `gpu`
 
 
 def measured(folder: Path) -> dict[tuple[str, ...], float]:
-    """Return the newest measured times of this library's kernels in microseconds, indexed by the values of the KEY columns."""
+    """Return the newest measured times of operators with the Triton backend, in microseconds, indexed by the KEY columns."""
     names = {gpu.device: gpu.name for gpu in GPUS}
     found: dict[tuple[str, ...], float] = {}
     for path in sorted(folder.glob("*/*/timing.csv"), key=lambda path: path.parent.name):  # <gpu>/<date>-<commit>
@@ -265,7 +265,7 @@ def show_calibration() -> None:
 
 
 def gpu_name(text: str) -> str:
-    """Return the name of a GPU, capitalized as in GPUS, or `text` if GPUS has no such GPU."""
+    """Return the name in GPUS that matches `text` regardless of case, or `text` if no name matches."""
     return next((gpu.name for gpu in GPUS if gpu.name.lower() == text.lower()), text)
 
 

@@ -76,7 +76,7 @@ def missing(rows: Iterable[Row], arch: str) -> list[Row]:
 
 
 def excesses(rows: Iterable[Row], arch: str) -> list[str]:
-    """Return a message for each entry of `arch` that needs more shared memory than the GPU has."""
+    """Return a message for each row that applies to `arch` and needs more shared memory than `arch` has."""
     served, limit = entries(arch), TARGETS[arch].shared_memory
     return [
         f"{row.kernel} {row.bits} bits width {row.width} with tile {row.tile}: {row.shared} bytes of shared memory by Triton "
@@ -141,9 +141,9 @@ def allocation_only() -> Iterator[None]:
 
 
 def measure(arch: str, bits: int, width: int, wanted: Iterable[Row]) -> list[Row]:
-    """Measure the entries in `wanted`, which must all have the given `bits` and `width`, and return their rows.
+    """Measure how much shared memory the entries in `wanted` need, and return their rows.
 
-    Entries without a launch are omitted.
+    All entries must have these `bits` and `width`. Entries that no launch uses are omitted.
     """
     by_key = {(each.kernel, each.bits, each.width): each for each in wanted}
     most: dict[Row, int] = {}

@@ -126,9 +126,8 @@ _failed: list[torch.cuda.CUDAGraph] = []  # kept alive, because torch's pinned-m
 def clean_up(pool: tuple[int, int]) -> None:
     """Restore the process after a failed CUDA graph capture into `pool`.
 
-    If cudaStreamEndCapture fails, torch's capture_end raises before it ends the allocations to the pool. The next empty_cache
-    would then raise, because it asserts that no capture is under way. The random-number generator also stays in its capture
-    state.
+    If cudaStreamEndCapture fails, torch's capture_end raises before it calls endAllocateToPool. The next empty_cache would
+    then raise, because it asserts that no capture is under way. The random-number generator also stays in its capture state.
 
     Raises:
         Spoiled: the process is still unusable.
@@ -137,7 +136,7 @@ def clean_up(pool: tuple[int, int]) -> None:
     try:
         torch._C._cuda_endAllocateToPool(device, pool)
         torch._C._cuda_releasePool(device, pool)
-    except RuntimeError:  # capture_end has already ended the allocations to the pool, or the capture did not begin
+    except RuntimeError:  # capture_end has already called endAllocateToPool, or the capture did not begin
         pass
     try:
         torch.cuda.default_generators[device].graphsafe_set_state(torch.Generator("cuda").graphsafe_get_state())

@@ -200,8 +200,8 @@ class Touched:
     def by_name(self, named: list[tuple[str, Tensor]]) -> dict[str, int]:
         """Return how many bytes of each storage are in the set.
 
-        Each key joins the names of the tensors in a storage with "+". If a tensor is passed under several names, only the first
-        is used.
+        Each key consists of the names of all tensors that share a storage, joined by "+". If a tensor is passed under several
+        names, only the first is used.
         """
         names: dict[int, dict[int, str]] = defaultdict(dict)
         for name, x in named:
@@ -215,7 +215,7 @@ class Touched:
 class Meter(TorchDispatchMode):
     """Records the traffic of kernel launches and PyTorch operators inside a `with` block.
 
-    The attribute `given` contains the bytes in the arguments of a forward or backward pass. `read` contains those that the pass
+    `given` is the set of bytes in the arguments of a forward or backward pass. `read` is the set of those bytes that the pass
     has read.
     """
 

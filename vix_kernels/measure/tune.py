@@ -217,8 +217,8 @@ def tune_key(bench: Bench, arch: str, key: Key, deadline: float) -> Proposal:
 def users(arch: str, width: int, bits: int, device: str) -> list[tuple[set[Key], Bench]]:
     """Return (keys, bench) for each operator, direction and case. `keys` are the keys that `bench` looks up.
 
-    Pairs with the fewest keys come first. Sizes are large enough to fill a GPU, but tiny in the interpreter. Operators that do
-    not run are reported and skipped.
+    Pairs with the fewest keys come first. If `device` is "cuda", the inputs are large enough to fill a GPU. Otherwise, they are
+    tiny. Operators that do not run are reported and skipped.
     """
     size = dict(batch=8, heads=8, tokens=4096) if device == "cuda" else dict(batch=1, heads=1, tokens=20)
     # With trained random features, all kernels run. The launch table has separate entries for more than 128 slots.

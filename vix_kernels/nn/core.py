@@ -1,9 +1,9 @@
 """Cores: attention methods, independent of the modules that use them.
 
 A core is a frozen dataclass with the options of one attention method. It declares the state of the method, such as parameters,
-and computes the attention. Many modules contain a core, such as the timm-style module in nn/module.py and the attention layers
-of the models in models/ (the "zoo"). These modules accept any core without referring to it by name, so they also support new
-cores. For example, this code adds a core:
+and computes the attention. The modules that contain a core include the timm-style module in nn/module.py and the attention
+layers of the models in models/ (the "zoo"). These modules accept any core without referring to it by name, so they also support
+new cores. For example, this code adds a core:
 
     @register("efficient")
     @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class Core(Mixer):
         return False
 
     def needs_module(self) -> bool:
-        """Return whether this core needs state that must be registered in a module, such as parameters."""
+        """Return whether this core needs state, such as parameters, that must be registered in a module."""
         return type(self).state is not Mixer.state
 
     def derived(self, q: Tensor) -> Any:

@@ -53,7 +53,7 @@ class FourierMixing(MixingModule):
     Args:
         norm: None for plain sums, as in the paper, or "ortho", which keeps the results at about the magnitude of the tokens.
 
-    For the other arguments, see MixingModule. Masks are not supported, because every frequency is a sum over all tokens.
+    For the other arguments, see MixingModule. Masks are not supported, because every frequency depends on the number of tokens.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ from .packed_linear import packed_linear
 
 
 class MixerModule(Mounted):
-    """Base class for modules that contain a mixer, such as attention modules.
+    """Base class for attention modules and other modules that contain a mixer.
 
     Subclasses create their parameters and then call `mount` to register the mixer's state.
 

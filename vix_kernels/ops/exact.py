@@ -1,4 +1,4 @@
-"""Exact rows: softmax attention of the first queries, which are usually class and register tokens.
+"""Exact rows: softmax attention for the first queries, which are usually class and register tokens.
 
     out_p = softmax(scale q_p k^T) v        for p < exact_rows
 

@@ -37,7 +37,7 @@ def fourier_mixing(x: Tensor, *, norm: Literal["ortho"] | None = None, backend: 
         (batch, tokens, channels) in x's dtype. Differentiable in x. No tensor is saved for the backward pass.
 
     Plain sums are about sqrt(tokens * channels) times as large as x if x is noise with zero mean, and up to tokens * channels
-    times as large otherwise. In float16, the zero frequency y[:, 0, 0] = x.sum((1, 2)) overflows if its magnitude exceeds
+    times as large otherwise. In float16, the zero frequency of the output, x.sum((1, 2)), overflows if its magnitude exceeds
     65504. To avoid overflow, use norm="ortho" or bfloat16. For the same reason, autocast to float16 does not cast x. Padded
     tokens cannot be masked: setting them to 0 removes them from the sums, but every frequency also depends on the number of
     tokens.

@@ -4,9 +4,9 @@
     S_j = sum_n phi_j(k_n) v_n,    z_j = sum_n phi_j(k_n)
 
 phi(x) is relu(x) (EfficientViT, arXiv 2205.14756) or elu(x) + 1 (as in the paper). By default, phi is applied to each channel
-of x. With a projection, phi is applied to the dot products of x and the rows w_j of the projection, for example
-phi_j(x) = relu(head_dim^(-1/4) w_j . x). The Performer paper (arXiv 2009.14794) calls this method generalized attention.
-The computation has two passes: linear_aggregate computes S and z, and linear_broadcast computes the output.
+of x. With a projection, phi is applied to head_dim^(-1/4) w_j . x, where w_j is row j of the projection. The Performer paper
+(arXiv 2009.14794) calls this method generalized attention. The computation has two passes: linear_aggregate computes S and z,
+and linear_broadcast computes the output.
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ def check_grid(grid_size: Any) -> tuple[int, int]:
 def at_most(count: int, tokens: int) -> int:
     """Return min(count, tokens).
 
-    In torch.export with dynamic `tokens`, comparing the two numbers adds a guard. The built-in `min` would return a symbolic
-    size.
+    In torch.export with dynamic `tokens`, this function adds a guard and returns `count` or `tokens`. The built-in `min` would
+    return a symbolic minimum.
     """
     if isinstance(tokens, torch.Tensor):  # sizes are tensors inside torch.jit.trace
         tokens = int(tokens)

@@ -6,7 +6,7 @@ If gaussian is set, the bias of a key is b_n = -|scale k_n|^2 / 2, so exp(l_jn) 
 the bias is 0. A masked key has b_n = -inf and is read as 0, even if it is NaN. A slot without valid keys has values 0 and
 lse -inf. With RoPE, keys are rotated first.
 
-lse is in base 2, because the kernels use exp2. The registered operator also returns row_max_j = log2(e) max_n l_jn and
+lse is a base-2 logarithm, because the kernels use exp2. The registered operator also returns row_max_j = log2(e) max_n l_jn and
 total_j = sum_n exp(l_jn) / 2^row_max_j, so lse_j = row_max_j + log2 total_j. The backward pass recomputes the
 probabilities from row_max and total, because float32 loses the fractional bits of a large lse.
 """

@@ -38,7 +38,7 @@ def broadcast(
     Args:
         q: (batch, heads, N, D). Views with last stride 1 are not copied.
         slots: (batch or 1, heads or 1, M, D), in q's dtype or float32.
-        values: (batch, heads, M, E), float32 (float64 for float64 queries).
+        values: (batch, heads, M, E), float32 (float64 if q is float64).
         slot_bias: (batch, heads, M) in values' dtype, or a mask (batch, M) of any dtype. In a mask, a slot is valid if its
             element is not 0. If None, the bias is 0.
         scale: scaling factor of the logits.
@@ -80,8 +80,8 @@ def split_gradient(dout: Tensor, rows: int, dtype: torch.dtype) -> tuple[Tensor 
 def reads_out(q: Tensor, backend: str) -> bool:
     """Return whether the backward pass reads the output of the forward pass.
 
-    If not, the backward pass recomputes the output. For float32 and float64, the kernels recompute it, because terms of the
-    gradient cancel exactly only if they are computed from the same products.
+    Only the Triton kernels for 16-bit dtypes read it. Otherwise, the backward pass recomputes the output. In float32 and
+    float64, terms of the gradient cancel exactly only if they are computed from the same products.
     """
     return backend == "triton" and q.element_size() == 2
 
@@ -152,8 +152,8 @@ def _fake_backward(dout, q, slots, values, slot_bias, rotary, scale, out, statis
 
 # row_max_n = log2(e) max_j g_nj and inverse_n = 2^row_max_n / sum_j exp(g_nj). Both are (batch, heads, N). The backward
 # kernels read them. The PyTorch implementation returns empty tensors instead. If v and conv_weight are given, the forward
-# kernel also adds the convolution of primitives/token_conv.py to out, in registers. broadcast_backward computes only the
-# gradients through the attention, without the convolution. If the forward kernel added a convolution, the argument `out` of
+# kernel also adds the convolution of primitives/token_conv.py to out, in registers. broadcast_backward does not
+# compute the gradients of the convolution. If the forward kernel added a convolution, the argument `out` of
 # broadcast_backward must be None, so that broadcast_backward recomputes the output without the convolution.
 broadcast_forward = register(
     f"broadcast_forward({_PROBLEM}, Tensor? v, Tensor? conv_weight, Tensor? mask, str backend)"

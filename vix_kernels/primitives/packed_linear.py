@@ -3,9 +3,9 @@
     y_i = x W_i^T + b_i        dx = sum_i dy_i W_i        dW_i = dy_i^T x        db_i = sum_n dy_i
 
 Autograd would concatenate the gradients of the outputs before the matrix products. On a CPU, this concatenation takes as long
-as the products. Therefore, the backward pass here computes a separate product for each output. On a GPU, memory traffic is the
-bottleneck, and separate products would not reduce it. If x and each y_i have X bytes, the concatenation and two products move
-14 X bytes, and so do six products.
+as the products. Therefore, the backward pass here computes separate products for each output. This function is only for CPUs:
+on a GPU, memory traffic is the bottleneck, and separate products would not reduce it. If x and each y_i have X bytes, the
+concatenation and two products move 14 X bytes, and so do six products.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     keys_j = sum_n E_nj k_n            values_j = sum_n F_nj v_n
 
 A masked token is treated as 0, even if it is NaN. With RoPE, keys are rotated first. The kernels cast the projections E and F
-to the dtype of the tokens. Sums over tokens are computed in float32 (float64 for float64 tokens).
+to the dtype of k and v. Sums over tokens are computed in float32 (float64 for float64 inputs).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def project(
         backend: "torch" or "triton".
 
     Returns:
-        keys (batch, heads, K, D) in k's dtype and values (batch, heads, K, V) in float32 (float64 for float64 tokens).
+        keys (batch, heads, K, D) in k's dtype and values (batch, heads, K, V) in float32 (float64 for float64 inputs).
         Differentiable in k, v, both projections and rotary.angles.
     """
     k, v, key_projection = unit_last_stride(k), unit_last_stride(v), unit_last_stride(key_projection)

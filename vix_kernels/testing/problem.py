@@ -103,8 +103,8 @@ class OpSpec:
             products in the forward pass, the backward pass needs one to recompute the logits and three to compute gradients.
             Gradients of random features are not counted, because these features are rarely trained.
         rotates: whether every problem of the operator has rotary angles.
-        public: whether users call the operator. Public operators are benchmarked, their memory traffic is counted, and
-            `vix check` lists them.
+        public: whether the operator is part of the public API. Public operators are benchmarked, their memory traffic is
+            counted, and `vix check` lists them.
         compiled: cases for `vix dev compile-report`. The report sets batch, heads, tokens and width. `features` is 0 in a case
             without slots. The name of the case is appended to the name of the operator. If the operator supports masks, the
             report adds a copy of the first case with a mask. If the operator computes attention and supports the "half" layout
@@ -180,7 +180,7 @@ def register(*specs: OpSpec) -> None:
 def draw(spec: OpSpec, case: Case, dtype: torch.dtype, device: str) -> Problem:
     """Return a problem whose inputs are drawn directly on the device. For large inputs, this is faster than `spec.problem`.
 
-    Differentiable tensors require gradients. The `fixed` tensors among them require gradients only if `case.learned` is set.
+    The tensors in `spec.differentiable` require gradients, except those in `spec.fixed` if `case.learned` is False.
     """
 
     def tensor(*shape: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> Tensor:

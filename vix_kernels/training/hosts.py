@@ -205,7 +205,7 @@ def read_weights(path: str | Path, flag: str = "--checkpoint") -> dict[str, Tens
 def make_model(
     config: Mapping[str, Any], arguments: dict[str, Any], shape: tuple[int, int, int] | None = None, pretrained: bool = False
 ) -> nn.Module:
-    """Create the model of a run. Its weights are random, unless `pretrained` is set.
+    """Create the model of a run with random weights. If `pretrained` is set, a timm model has pretrained weights instead.
 
     Args:
         config: the settings of the run. Only `model` is read, and for a timm model also `attention` and `backend`.

@@ -280,7 +280,7 @@ def placed_like(tensor: Tensor, value: Tensor) -> Tensor:
 
 
 def load_placed(model: nn.Module, saved: dict[str, Any]) -> None:
-    """Load a state dict of complete tensors into `model`, which may be sharded."""
+    """Load a full (unsharded) state dict into `model`, which may be sharded."""
     own = model.state_dict()
     state = {name: placed_like(own[name], x) if isinstance(x, Tensor) and name in own else x for name, x in saved.items()}
     model.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""The reports of a run: args.yaml, summary.csv, plots and TensorBoard files."""
+"""Write the settings, summary, plots and TensorBoard files of a run."""
 
 from __future__ import annotations
 
@@ -105,14 +105,14 @@ def draw_learning_curve(path: Path, history: list[dict[str, Any]], best: dict[st
 
 
 def draw_evaluation(folder: Path, trained: Trained, evaluation: Evaluation, dataset: Dataset) -> None:
-    """Draw two plots in `folder`: the confusion matrix (confusion.png) and the misclassified images (mistakes.png)."""
+    """Save two plots to `folder`: the confusion matrix (confusion.png) and the misclassified images (mistakes.png)."""
     title = f"{trained.config.model} on {dataset.name}, top-1 {evaluation.top1:.2f} %"
     draw_confusion(folder / "confusion.png", evaluation.confusion, dataset.classes, title)
     draw_mistakes(folder / "mistakes.png", evaluation, dataset.classes, dataset.max_value, title)
 
 
 def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str], title: str) -> None:
-    """Draw the confusion matrix. Rows are true classes, and columns are predicted classes.
+    """Save a plot of the confusion matrix. Rows are true classes, and columns are predicted classes.
 
     Colors show percentages of the images of each true class.
     """
@@ -137,7 +137,7 @@ def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str], title:
 
 
 def draw_mistakes(path: Path, evaluation: Evaluation, classes: Sequence[str], max_value: int, title: str) -> None:
-    """Draw the misclassified images of `evaluation` in descending order of predicted probability."""
+    """Save a plot of the misclassified images of `evaluation` in descending order of predicted probability."""
     number = len(evaluation.mistakes)
     columns, rows = 6, max(1, -(-number // 6))
     width, height, top = 9.0, 1.9 * rows + 0.5, 0.5  # inches
@@ -156,7 +156,7 @@ def draw_mistakes(path: Path, evaluation: Evaluation, classes: Sequence[str], ma
 
 
 def draw_attention(path: Path, image: Tensor, weights: Tensor, title: str) -> None:
-    """Draw the image, and next to it the image with the class token's attention weights (rows, columns) as an overlay."""
+    """Save a plot of the image and a copy overlaid with `weights` (rows, columns), the class token's attention weights."""
     figure = _titled(title, 8, 4.2, layout="constrained")
     plain, over = figure.subplots(1, 2)
     height, width = image.shape[1:]

@@ -169,7 +169,7 @@ def build_model(config: Config, source: Source, device: torch.device, fresh: boo
 
 
 def _zoo_arguments(config: Config, source: Source, shape: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments for one of this library's models. The model's preset overrides the dataset's patch size."""
+    """Return the arguments for one of this library's models. A preset overrides the patch size that `source` suggests."""
     try:
         applicable = source.model_kwargs.keys() & takes(config.model) - preset(config.model).keys()
         kwargs = shape | {key: source.model_kwargs[key] for key in applicable} | config.model_kwargs

@@ -32,12 +32,12 @@ class Trained:
 
     Attributes:
         path: the file that the model was loaded from, or the argument `spec` of `load_host`.
-        config: the settings that the model was trained with. If the model is not from a checkpoint, these are the defaults,
-            except that `dataset` is empty and `model` is the name of the model, or the argument `spec` of `load_host`.
+        config: the settings that the model was trained with. If the model is not from a checkpoint, these are the defaults
+            with an empty `dataset` and the name of the model as `model`. `load_host` uses its argument `spec` as the name.
         model: the model.
         classes: the class names, or None if they are unknown.
-        mean, std: the mean and standard deviation of the training images, as floats in [0, 1], (channels, 1, 1), or None if
-            they are unknown.
+        mean, std: the mean and standard deviation (channels, 1, 1) of each channel of the training images, for pixel values in
+            [0, 1]. None if unknown.
     """
 
     path: Path

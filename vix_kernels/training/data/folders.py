@@ -31,9 +31,11 @@ def is_folder(folder: Path) -> bool:
 def folders(folder: Path, size: tuple[int, int] | None, stream: bool | None, workers: int) -> Source:
     """Open images in train/CLASS/ and val/CLASS/ (or valid, validation, test), including subfolders of CLASS.
 
-    Tiny ImageNet has val/images and val/val_annotations.txt instead of val/CLASS/. Images that cannot be decoded are skipped.
-    Reading fails if at least two images, and more than one percent of all images, cannot be decoded. If images are decoded on
-    demand, this limit applies separately to the training images, the held-out images and the sample for pixel statistics.
+    As in Tiny ImageNet, val can contain images/ and val_annotations.txt instead of CLASS/.
+
+    Images that cannot be decoded are skipped. Reading fails if at least two images, and more than one percent of all
+    images, cannot be decoded. If images are decoded on demand, this limit applies separately to the training images, the
+    held-out images and the sample for pixel statistics.
 
     Args:
         folder: the folder that contains train and val.
