@@ -261,6 +261,18 @@ def test_the_grid_of_a_call_overrides_that_of_the_core(name: str) -> None:
     assert torch.equal(hosts[0](q, k, v, grid_size=(6, 4)), hosts[1](q, k, v))
 
 
+@pytest.mark.parametrize("name", ["performer", "linear", "softmax"])
+def test_cores_without_slots_on_a_grid_accept_a_prefix_of_any_length(name: str) -> None:
+    """The grid does not change their output. It may have fewer tokens than the call, but not more."""
+    module, x = make_module(CORES[name](), 16, num_heads=2).eval(), torch.randn(2, 25, 16)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    assert torch.equal(module(x, grid_size=(4, 6)), module(x))
+    assert torch.equal(compiled(x, grid_size=(4, 6)), module(x))
+    for grid in ((5, 6), (-5, -5), (0, 4)):
+        with pytest.raises(ValueError, match="grid_size: expected positive integers with height . width <= 25 tokens, got"):
+            module(x, grid_size=grid)
+
+
 def test_a_core_that_supports_causal_attention_is_told_about_it() -> None:
     class Causal(Softmax):
         def accepts(self) -> frozenset[str]:

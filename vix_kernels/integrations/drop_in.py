@@ -56,11 +56,11 @@ class DropIn(Mounted):
 
     Attributes:
         core: the core that computes the attention.
-        host: the class of the attention module before the replacement, or None if the module was created with this attention.
+        host: the class of the attention module before the replacement, or None if the module was created with a child `vix`.
         prefix_tokens: the number of class and register tokens of the model, or 0 if this number is unknown.
         num_tokens: the number of tokens at the model's configured image size, or None if this number is unknown.
         grid: the hook that records the token grid of each call. Landmarks and agents are placed on this grid. If `grid` is
-            None, the options determine the placement.
+            None, the options or the argument `grid_size` of the call determine the placement.
     """
 
     # Defaults for instances that earlier versions pickled without these attributes
@@ -221,7 +221,7 @@ class DropIn(Mounted):
         if grid_size is None:
             core = self.placed(query.shape[2])
         else:
-            check_call_grid(grid_size, query.shape[2] - self.core.prefix_tokens)
+            check_call_grid(grid_size, query.shape[2], self.core.known_prefix())
             core = self.core.on_grid(grid_size) if self.allows_grid() else self.core
         _check_places(core, query.shape[2], key.shape[2])
         if attn_mask is not None:

@@ -48,8 +48,15 @@ def check_tokens(x: Tensor, dim: int, first: nn.Module | None = None) -> None:
         raise TypeError(f"x: expected the module's dtype {dtype_name(first.weight.dtype)}, got {dtype_name(x.dtype)}")
 
 
-def check_call_grid(grid_size: tuple[int, int], tokens: int) -> None:
-    """Check that height * width of `grid_size` equals `tokens`, the number of tokens after the prefix."""
+def check_call_grid(grid_size: tuple[int, int], tokens: int, prefix_tokens: int | None) -> None:
+    """Check the grid of a call: its height * width must equal the number of tokens after the prefix.
+
+    If `prefix_tokens` is None, the length of the prefix is unknown, so that the grid may have fewer tokens than the call.
+    """
     rows, columns = check_grid(grid_size)
-    if rows < 1 or columns < 1 or rows * columns != tokens:
-        raise ValueError(f"grid_size: expected height * width = {tokens} tokens after the prefix, got {grid_size}")
+    if prefix_tokens is not None and rows * columns != tokens - prefix_tokens:
+        raise ValueError(
+            f"grid_size: expected height * width = {tokens - prefix_tokens} tokens after the prefix, got {grid_size}"
+        )
+    if min(rows, columns) < 1 or rows * columns > tokens:
+        raise ValueError(f"grid_size: expected positive integers with height * width <= {tokens} tokens, got {grid_size}")

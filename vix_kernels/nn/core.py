@@ -112,6 +112,10 @@ class Mixer:
     def options(cls) -> list[str]:
         return [each.name for each in sorted(fields(cls), key=lambda each: each.kw_only)]
 
+    def known_prefix(self) -> int | None:
+        """Return the number of prefix tokens, or None for mixers without this option, which do not place slots."""
+        return self.prefix_tokens if "prefix_tokens" in self.__dataclass_fields__ else None
+
     def accepts(self) -> frozenset[str]:
         """Return the names of the supported arguments.
 

@@ -43,7 +43,7 @@ class MixerModule(Mounted):
 
     def core_on(self, grid_size: tuple[int, int], tokens: int) -> Mixer:
         """Return the core for a call with `tokens` tokens, including the prefix, on a grid of `grid_size`."""
-        check_call_grid(grid_size, tokens - self.core.prefix_tokens)
+        check_call_grid(grid_size, tokens, self.core.known_prefix())
         return self.core if self.core.grid_size is None else self.core.on_grid(grid_size)
 
     def refuse(self, attn_mask: Tensor | None, is_causal: bool, rope: Rope | None, tokens: Tokens) -> None:
@@ -108,7 +108,7 @@ class AttentionModule(MixerModule):
 
     @property
     def has_weights(self) -> bool:
-        """Whether the core computes explicit attention weights, which can be masked or dropped."""
+        """Whether the core has explicit attention weights, which can be masked or dropped."""
         return "attn_mask" in self.core.accepts()
 
     def forward(
@@ -136,7 +136,7 @@ class AttentionModule(MixerModule):
             cu_seqlens, group: start offsets of packed samples, and the process group across which the tokens are sharded.
                 Neither is supported yet.
             grid_size: (rows, columns) of the grid that the tokens after the prefix form in this call. If landmarks or agents
-                are placed on a grid, this grid is used instead of the core's. Other cores only check this argument.
+                are placed on a grid, this grid is used instead of the core's. For other cores, this argument is only checked.
         """
         check_tokens(x, self.dim, self.qkv)
         if key_padding_mask is not None:
