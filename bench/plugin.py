@@ -101,7 +101,7 @@ def report(benchmark: Any, race: Callable[[str, int], Race]) -> Callable[[str, i
     """Return a function report(op, tokens, direction, provider) that adds the times of one provider to pytest-benchmark.
 
     If a backend of this library returns incorrect results or raises an error, the test fails. If another provider does
-    so, or if any provider runs out of memory, the test is skipped. No times are added for failed or skipped tests.
+    so, or if memory runs out, the test is skipped. No times are added for failed or skipped tests.
     """
 
     def report(op: str, tokens: int, direction: str, provider: str) -> None:

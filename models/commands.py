@@ -58,7 +58,7 @@ def summarize(name: str, **overrides: Any) -> Summary:
 def models(argv: list[str]) -> int:
     parser = Parser(
         prog="vix models",
-        description="List the models: image size, tokens of the first attention, parameters, and multiply-adds per image "
+        description="List the models: image size, tokens in the first layer, parameters, and multiply-adds per image "
         "(matrix products and convolutions in plain PyTorch, without Fourier transforms).",
     )
     parser.add_argument("pattern", nargs="?", help='list only models whose names match this pattern, such as "hybrid_*"')

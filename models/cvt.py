@@ -20,7 +20,7 @@ from .stages import Pyramid, Stage, shrinking
 
 
 class CvT(Pyramid):
-    """A convolutional vision transformer (CvT, arXiv:2103.15808), whose token map shrinks from stage to stage.
+    """A convolutional vision transformer (CvT, arXiv:2103.15808), whose token map can shrink from stage to stage.
 
     `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
 

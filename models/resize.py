@@ -23,7 +23,10 @@ _SIZED = ("img_size", "grid", "grid_size", "core", "site", "_make")
 
 
 def adapt_state(state: Mapping[str, Any], source: Backbone, model: Backbone) -> dict[str, Any]:
-    """Return the state dict `state` of `source`, adapted to the image size, input channels and head of `model`."""
+    """Return the state dict `state` of `source`, adapted to the image size and input channels of `model`.
+
+    Entries of the head that do not match `model` are removed.
+    """
     state, expected = dict(state), model.state_dict()
     maps = model.token_maps()
     for module, (old, tokens) in source.token_maps().items():

@@ -146,7 +146,8 @@ def create_model(
     accepts neither `mixer` nor mixer options.
 
     Raises:
-        TypeError: an argument is unknown or has the wrong type. For an unknown argument, the message suggests similar names.
+        TypeError: an argument is unknown (the message suggests similar names), or `name`, `dtype` or an option of the mixer has
+            the wrong type.
         ValueError: the name is unknown, or a value is invalid.
     """
     if dtype is not None and not isinstance(dtype, torch.dtype):

@@ -370,6 +370,8 @@ def test_every_budget_has_rows():
     for version, budget in product({row.triton for row in rows}, budgets.BUDGETS):
         if budget.dtype == "bf16":
             assert budget.value(row for row in rows if row.triton == version) is not None, f"{budget.name}, Triton {version}"
+            names = {row.kernel for row in rows if row.triton == version}
+            assert all(any(name.startswith(prefix) for name in names) for prefix in budget.kernels), budget.name
 
 
 def test_rows_of_a_changed_kernel_are_outdated(monkeypatch):

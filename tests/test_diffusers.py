@@ -71,7 +71,10 @@ def test_a_unet_with_text_keeps_its_outputs():
 
 @pytest.mark.filterwarnings("error")
 def test_a_unet_without_text_keeps_its_outputs():
-    """The middle block passes the time embedding to its attention layer."""
+    """The middle block passes the time embedding to its attention layer as an additional argument.
+
+    The processor must accept this argument, because diffusers drops arguments that the processor does not accept.
+    """
     torch.manual_seed(0)
     model = diffusers.UNet2DModel(
         sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,

@@ -45,7 +45,7 @@ def tiny(**options: object) -> nn.Module:
 
 
 def test_a_run_continues_from_its_weights_with_another_attention(run: Path, tmp_path: Path) -> None:
-    """With a learning rate near 0, the weights stay equal to those of the first run."""
+    """With a learning rate near 0, the weights that occur in both models stay equal to those of the first run."""
     train("--model", "hybrid_vip", *TINY[2:], "--initial-checkpoint", run, "--lr", "1e-30", "--output", tmp_path / "new")
     old, new = (load_checkpoint(folder)["model"] for folder in (run / "best.pt", tmp_path / "new"))
     same = [name for name in old if name in new and "running" not in name and "tracked" not in name]

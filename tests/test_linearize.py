@@ -437,6 +437,7 @@ def test_a_saved_model_is_exported_to_onnx(name: str, op: str, tmp_path: Path) -
             "batches: expected a function that returns at least one batch in every call, got none",
         ),
         (dict(batches=lambda: iter(["x"])), "batches: expected tensors, tuples or dicts of tensors, got str"),
+        (dict(eval_batches=lambda: iter(["x"])), "eval_batches: expected tensors, tuples or dicts of tensors, got str"),
         (dict(model=nn.Linear(2, 2)), "model: expected nn.MultiheadAttention, got a model without any attention"),
         (dict(steps=-1), "steps: expected an integer >= 0, got -1"),
         (dict(max_error=0), "max_error: expected a finite number > 0, got 0"),

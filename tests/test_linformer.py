@@ -45,7 +45,10 @@ def peer_module(share_kv: bool, tokens: int = 20):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("queries", [20, 9])
 def test_equals_linformer(backend: str, queries: int) -> None:
-    """Compare outputs and gradients with the linformer package. Its linear layers are identities, so keys equal values."""
+    """Compare outputs and gradients with the linformer package.
+
+    The test replaces the linear layers of the package with identities, so the keys and the values are the same tensor.
+    """
     _, peer = peer_module(share_kv=False)
     peer.to_q = peer.to_k = peer.to_v = peer.to_out = torch.nn.Identity()
     x, context = (torch.randn(2, n, 48, device=DEVICE, requires_grad=True) for n in (queries, 17))

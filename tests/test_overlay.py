@@ -1,4 +1,4 @@
-"""Test that the files in docs/kernels.md and one import line are enough to add an attention operator to the package."""
+"""Test that the example files in docs/kernels.md and one import line suffice to add an attention operator to the package."""
 
 from __future__ import annotations
 

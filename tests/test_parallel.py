@@ -190,7 +190,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train models in several runs, and return the folder that contains the runs.
 
     Three runs train the same model: "alone" uses one process, "ddp" uses DDP, and "fsdp" uses FSDP2. The run "muon" uses
-    FSDP2 and Muon. The run "fast" uses FSDP2 and the fast recipe.
+    FSDP2 and Muon. The run "fast" uses FSDP2 and the fast recipe. All runs except "alone" use two processes.
     """
     folder = tmp_path_factory.mktemp("runs")
     together = [

@@ -196,8 +196,9 @@ def test_tf32_is_in_the_signature(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_autocast_is_in_the_signature(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under autocast, calls are replayed unless their arguments are cast.
 
-    If they are cast, the cast tensors are saved for the backward pass instead of the arguments. In a replay, the cast tensors
-    do not require gradients, so double backward would not raise the required error.
+    If they are cast, the cast tensors are saved for the backward pass instead of the arguments. Such calls are not
+    replayed: in a replay, the cast tensors would not require gradients, so double backward would not raise the error "cannot
+    be differentiated again".
     """
     q = torch.randn(1, 2, 37, 16, dtype=dtype).requires_grad_()
     projection = orthogonal_projection(8, 16, seed=0)

@@ -213,7 +213,7 @@ def test_the_attention_map_is_the_row_of_the_class_token(mixer: str) -> None:
     """`attention_of` returns the same attention weights as `attention_weights`.
 
     For softmax attention, they equal the first row of softmax(q k^T / sqrt(D)). The product of the weights and v equals the
-    attention output without the residual convolution.
+    attention output for the class token, without the residual convolution.
     """
     torch.manual_seed(0)
     model = create_model(mixer, img_size=8, in_chans=1, patch_size=2, embed_dim=32, depth=1, num_heads=2).eval()

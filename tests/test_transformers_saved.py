@@ -50,7 +50,10 @@ def run(model: nn.Module) -> Tensor:
 
 
 def loads_like(model: nn.Module, folder: Path) -> nn.Module:
-    """Save and load `model`. Check that loaded models and copies give bit-identical outputs. Return the loaded model."""
+    """Save `model`, register the default options again, and return the loaded model.
+
+    Check that loaded models and copies give bit-identical outputs.
+    """
     expected, entries = run(model), set(vars(model.config))
     model.save_pretrained(folder)
     assert set(vars(model.config)) == entries

@@ -270,7 +270,8 @@ def _transform_by_products(x: Tensor) -> Tensor:
 
     C and C' are the cosine matrices for the tokens and the channels, and S and S' are the corresponding sine matrices.
 
-    onnxruntime's DFT operator is several times slower than these products, and its results have two fewer correct digits.
+    At 64 to 1,025 tokens, onnxruntime's DFT operator takes about 2 to 20 times as long as these products. Unless the numbers of
+    tokens and channels are powers of two, its results also have about two fewer correct digits.
     """
 
     def table(size: int) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,10 @@ WRITES = {"copy_", "zero_"}  # operations that change only their first argument
 
 @dataclass
 class Base:
-    """A recorded tensor that is not a view of an earlier one. It is kept alive, so that no other tensor reuses its storage."""
+    """An input, or another recorded tensor that is not a view of an earlier base.
+
+    It is kept alive, so that no other tensor reuses its storage.
+    """
 
     tensor: Tensor
     kind: Literal["input", "allocation", "result", "constant"]
@@ -226,7 +229,10 @@ class Recorder(TorchDispatchMode):
     def workspaces(
         self, steps: Sequence[Step], locations: dict[int, Location], saved: Sequence[int]
     ) -> tuple[dict[int, int], dict[int, int]]:
-        """Return the offsets of the saved bases in one workspace, and the offsets of all other bases in a second workspace."""
+        """Return the offsets of new allocations in two workspaces: one for the saved bases, and one for the others.
+
+        Outputs are not included.
+        """
         first, last = {}, {}
         for i, step in enumerate(steps):
             for place in step.places:

@@ -96,7 +96,7 @@ def against_float64(problem: Problem) -> tuple[str, float]:
 def repeats(problem: Problem) -> tuple[str, float]:
     """Check that repeated calls return bit-identical results.
 
-    Return an error message or "", and the number of results that differ from the first.
+    Return an error message or "", and the number of repeated calls whose results differ from those of the first call.
     """
     first = results(problem, backend="triton")
     repetitions = 10 if first[0].is_cuda else 1

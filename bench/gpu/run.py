@@ -16,8 +16,8 @@ The folder OUT receives summary.md, results.json, timing.csv, models.csv, correc
 All except pictures.zip are written after every part, and every {noted} seconds while a part runs. pictures.zip is written at
 the end. The summary names everything that was skipped for lack of time, memory or a package. It also names every job whose
 process died, for example in a crash. A new process then continues with the next job. If a failed CUDA graph capture makes a
-process unusable, the new process first repeats the job without a graph. A part is abandoned if three processes in a row die
-before any of their jobs succeeds.
+process unusable before the job has a result, the new process first repeats the job without a graph. A part is abandoned if
+three processes in a row die before any of their jobs succeeds.
 
 Exit status: 0 on success; {failed} if a part failed or the run was stopped; {usage} for wrong arguments; {unavailable} if the
 kernels cannot run on this machine or the GPU has too little memory. With status {unavailable}, the script prints
@@ -171,8 +171,8 @@ def run(
 ) -> Outcome:
     """Run one part and return the outcome. If a job crashes its process, a new process continues with the next job.
 
-    The part must finish within `seconds` seconds, and is killed GRACE seconds after this deadline. While the part runs, `note`
-    is called with the outcome so far.
+    The deadline is `seconds` seconds after the start. No job starts after it, and a part that is still running GRACE seconds
+    later is killed. While the part runs, `note` is called with the outcome so far.
     """
     if seconds < FEWEST:
         return Outcome(part, "skipped", "out of time", 0.0, [])

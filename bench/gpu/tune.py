@@ -1,4 +1,4 @@
-"""Search for faster launch configurations, as `vix dev tune` does, for at most 12 seconds per entry of the launch table."""
+"""Search for faster launch configurations, as `vix dev tune` does, for up to 12 seconds per main entry of the launch table."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ def rows(plan: Plan) -> Iterator[Job]:
 
 
 def keys(plan: Plan) -> list[Key]:
-    """Return the launch-table keys to tune. Keys without a suffix such as "_heavy" come first."""
+    """Return the launch-table keys to tune: those of KERNELS with 16 bits and head width 32 or 64.
+
+    Keys without a suffix such as "_heavy" come first.
+    """
     names = {key: kernel_name(key[0]) for key in entries(architecture(torch.device(plan.device)))}
     chosen = (key for key, name in names.items() if name in KERNELS and key[1] == 16 and key[2] in (32, 64))
     return sorted(chosen, key=lambda key: (key[0] != names[key], -key[2], KERNELS.index(names[key])))

@@ -1,7 +1,7 @@
 """CCT, CCN and CCP: compact transformers with softmax, Nystrom and Performer attention.
 
 image -> n_conv_layers * [convolution, ReLU, max pooling] -> position
-      -> num_layers * block -> norm -> sequence pooling -> linear
+      -> num_layers * block -> norm -> sequence pooling (learned weighted mean) -> linear
 """
 
 from __future__ import annotations

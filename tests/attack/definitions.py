@@ -22,13 +22,13 @@ class How:
 
     Attributes:
         fixed_totals: whether to treat the denominators of all normalizations as constants. This does not change outputs, but
-            it removes the subtractions from the gradients. The gradients then show the size of the terms that otherwise cancel.
+            the gradient formulas then contain no subtractions. The gradients show the size of the terms that otherwise cancel.
         stored: function applied to rotated tokens, landmarks and projected keys, which the library stores in the dtype of q.
         logits: function applied to the logits of each softmax, because the library rounds each logit.
         products: function applied to the matrix products in the pseudo-inverse iterations.
-        sums: function applied to the column sums of the attention matrix between the landmarks. The initial matrix of the
-            pseudo-inverse iterations is divided by the largest sum, so the gradient is discontinuous where the two largest sums
-            are equal.
+        sums: function applied to the column sums of the attention matrix between the landmarks. The pseudo-inverse iterations
+            start from the transpose of this matrix divided by the largest sum, so the gradient is discontinuous where the two
+            largest sums are equal.
     """
 
     fixed_totals: bool = False

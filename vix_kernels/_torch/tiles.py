@@ -125,10 +125,11 @@ class Scratch:
 def groups(x: Tensor, slots: int) -> Iterator[tuple[Group, list[Tile]]]:
     """Split the tokens of x (batch, heads, tokens, channels) into tiles. Yield each group and its tiles.
 
-    A tile has about TILE_CPU or TILE_GPU logits: `slots` per token. If sequences are short, a tile contains several samples or
-    heads. If they are long, a tile contains only some of their tokens. Tiles are contiguous in memory if possible. If the heads
-    of a token are adjacent in memory, as in the output of a linear layer, a tile contains all heads of its tokens. Reading one
-    head at a time would be slow, because it would use only a few cache lines of each page.
+    Each token of each head has `slots` logits. A tile has about TILE_CPU logits on a CPU, and about TILE_GPU logits on a GPU.
+    If sequences are short, a tile contains several samples or heads. If they are long, a tile contains only some of their
+    tokens. Tiles are contiguous in memory if possible. If the heads of a token are adjacent in memory, as in the output of a
+    linear layer, a tile contains all heads of its tokens. Reading one head at a time would be slow, because it would use only a
+    few cache lines of each page.
     """
     batch, heads, tokens, _ = x.shape
     room = max(1, (TILE_CPU if x.device.type == "cpu" else TILE_GPU) // slots)

@@ -1,8 +1,8 @@
 """Feature maps and operands of matrix products, shared by the kernels for linear attention.
 
-With a projection, the slots are its rows, and features are computed from products of tokens and slots. Without a projection,
-features are computed from the channels of the tokens, and slot j is channel j. In both cases, there is one feature per slot and
-token.
+With a projection, the slots are its scaled rows, and features are computed from products of tokens and slots. Without a
+projection, features are computed from the channels of the tokens, and slot j is channel j. In both cases, there is one feature
+per slot and token.
 """
 
 from __future__ import annotations

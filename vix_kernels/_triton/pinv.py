@@ -116,7 +116,7 @@ def pinv_forward_kernel(
     D: tl.constexpr, E: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr,
     Q_MASKED: tl.constexpr, K_MASKED: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute out = Z values for all heads of all samples. Z is the result of the last iteration. `pairs` is batch * heads."""
+    """Compute out = Z @ values for all heads of all samples. Z is the result of the last iteration. `pairs` = batch * heads."""
     landmarks = tl.arange(0, SIZE)
     memory += tl.program_id(0).to(tl.int64) * (FORWARD * SIZE * SIZE)
     for i_bh in range(tl.program_id(0), pairs, tl.num_programs(0)):

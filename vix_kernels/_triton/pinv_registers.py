@@ -159,7 +159,7 @@ def store_products(
     x, y, out, y_l, out_l, counts, i_b, counts_b, counts_l, L, TURNED: tl.constexpr,
     WIDTH: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store x @ y in `out`. x is transposed if TURNED. `counts` contains the number of tokens that each landmark averages."""
+    """Store x @ y in `out`. x is transposed if TURNED. For each row of y, `counts` has the number of tokens in its landmark."""
     o_l = tl.arange(0, SIZE)
     if TURNED:
         x = tl.trans(x)
@@ -177,7 +177,7 @@ def pinv_forward_registers_kernel(
     D: tl.constexpr, E: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr,
     Q_MASKED: tl.constexpr, K_MASKED: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Compute out = Z values for one head of one sample. Z is the result of the last iteration."""
+    """Compute out = Z @ values for one head of one sample. Z is the result of the last iteration."""
     i_b, i_h = (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)
     q, k, values = q + i_b * q_b + i_h * q_h, k + i_b * k_b + i_h * k_h, values + i_b * values_b + i_h * values_h
     o_l = tl.arange(0, SIZE)

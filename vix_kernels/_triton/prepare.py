@@ -21,10 +21,12 @@ def aggregate_prepare_kernel(
 ):  # fmt: skip
     """Compute size, unit and delta for the gradient kernels.
 
-    The gradient of a logit is (size <unit, v> - delta) times the exponential of the logit or, for features, times the slope of
-    the feature map. size * unit is dvalues / total, and unit has the tokens' dtype. dvalues is a sum over all tokens, so in
-    float16 it can overflow even if dk and dv do not. Therefore, size includes a power of two that keeps unit within [-1, 1].
-    bfloat16 has the range of float32. Therefore, with bfloat16 and SOFTMAX, size is 1, and unit is dvalues / total.
+    If SOFTMAX, the gradient of a logit is (size <unit, v> - delta) exp(logit - largest logit). If not SOFTMAX
+    (linear_aggregate), the exponential is replaced by the derivative of the feature map at the logit.
+
+    size * unit is dvalues / total, and unit has the tokens' dtype. dvalues is a sum over all tokens, so in float16 it can
+    overflow even if dk and dv do not. Therefore, size includes a power of two that keeps unit within [-1, 1]. bfloat16 has the
+    range of float32. Therefore, with bfloat16 and SOFTMAX, size is 1, and unit is dvalues / total.
 
     If SOFTMAX, delta = (<dvalues, values> - dnumber / ln 2) / total, where dnumber is the gradient of lse. <dvalues, values> is
     computed in the same way as <unit, v> in the gradient kernels, so these products cancel exactly if a slot attends to only

@@ -94,14 +94,14 @@ def replace_each(
         reason_against: a function that returns why a module cannot be replaced, or an empty string if it can be replaced.
         adapt: a function that makes a module use its child module `vix`.
         expected: the expected kind of model or layer, for the error message.
-        layers: names or patterns, such as "blocks.1*", of the modules to replace. None: all. The report omits other
-            modules.
+        layers: names or patterns, such as "blocks.1*", of the modules to replace. None: all. Modules that match
+            no name or pattern are not listed in the report.
         site_of: a function that returns the Site of a module, including the number and width of its heads.
         place: a function that receives the name of a module and the module's copy of `attention`. It sets the number of prefix
             tokens and the grid of the copy.
 
     Returns:
-        a report that lists the replaced layers, and states why other attention layers could not be replaced.
+        a report that lists the replaced layers, and states why the remaining selected layers could not be replaced.
 
     Raises:
         ValueError: nothing could be replaced, or a pattern matches no attention layer.
@@ -153,8 +153,9 @@ class Snapshot:
 
     def restore(self, layers: Sequence[str] | None = None) -> None:
         """Restore all modules, or only the modules named in `layers` and their submodules."""
+        everything = layers is None or ROOT in layers
         for name, (module, kind, state) in self.modules.items():
-            if layers is None or any((name or ROOT) == layer or name.startswith(f"{layer}.") for layer in layers):
+            if everything or any(name == layer or name.startswith(f"{layer}.") for layer in layers):
                 module.__class__ = kind
                 for value, saved in state.values():
                     if saved is not value:  # keep the dict object, because the handles of hooks refer to it

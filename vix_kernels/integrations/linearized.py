@@ -32,7 +32,7 @@ from .hosts import Snapshot, check_model
 from .swap import holders, host_of, replace_attention
 
 CONFIG = "linearized.json"
-PROGRESS = "linearize.pt"  # the checkpoint of `vix linearize`, which is removed after the model is saved
+PROGRESS = "linearize.pt"  # the checkpoint of `linearize`, which `vix linearize` removes after it saves the model
 # Arguments of timm.create_model that linearized.json may contain
 TIMM_ARGUMENTS = frozenset(
     """
@@ -110,7 +110,7 @@ def save_linearized(
 def check_folder(folder: str | Path, *, overwrite: bool = False) -> Path:
     """Return `folder` as a Path, after checking that `save_linearized` may write to it.
 
-    The folder may contain a checkpoint of `vix linearize`, or part of a model from an interrupted call to `save_linearized`.
+    The folder may contain a checkpoint of `linearize`, or part of a model from an interrupted call to `save_linearized`.
 
     Raises:
         TypeError: `folder` is not a path.
@@ -337,7 +337,7 @@ def _number(value: Any) -> Any:
 
 
 def _is_argument(name: str, value: Any) -> bool:
-    """Return whether linearized.json may contain the argument `name` of timm.create_model with `value`."""
+    """Return whether linearized.json may set the argument `name` of timm.create_model to `value`."""
     values = value if isinstance(value, list | tuple) else [value]
     return name in TIMM_ARGUMENTS and all(isinstance(each, str | int | float | None) for each in values)
 

@@ -4,7 +4,7 @@
 
 With compat=True (the default), NystromAttention reproduces three quirks of the original:
 
-- The sequence is padded at the front with zero tokens to a multiple of the number of landmarks.
+- The sequence is padded at the front with all-zero tokens to a multiple of the number of landmarks.
 - The initial iterate of the pseudo-inverse depends on the largest row and column sums in the batch, so the output for a
   sample depends on the other samples.
 - With a mask, a landmark without valid tokens attends equally to all landmarks, so it affects the pseudo-inverse.

@@ -227,7 +227,10 @@ def two_softmaxes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tenso
 
 
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, mask: Tensor | None, backend: str) -> Tensor:
-    """Return the attention output without storing the features. `slots` is projection_matrix, (1, 1, features, dim_heads)."""
+    """Return the attention output without storing the features. See the equations at the top of this file.
+
+    `slots` is projection_matrix, (1, 1, features, dim_heads).
+    """
     c = q.shape[3] ** -0.25
     values, lse = aggregate(slots, k, v, scale=c, gaussian=True, mask=mask, backend=backend)
     highest = highest_logits(k, c * slots)

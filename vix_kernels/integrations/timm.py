@@ -64,7 +64,7 @@ class ReplacedAttention(_Replaced, Attention):
     """A timm.layers.Attention whose child `vix` computes the attention."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Return the output of the attention layer for x (batch, tokens, dim), with the shape of x."""
+        """Return the output of the attention layer, (batch, tokens, dim_out), for x (batch, tokens, dim)."""
         q, k, v = map(self.split, packed_linear(self.qkv, x))
         return self.finish(x, q, k, v, None, attn_mask, is_causal)
 
@@ -73,7 +73,7 @@ class _ReplacedRope(_Replaced):
     def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """Return the output for x (batch, tokens, dim), with the shape of x. `rope` is a table as in `rope_of`."""
+        """Return the output (batch, tokens, dim_out) for x (batch, tokens, dim). `rope` is a table as in `rope_of`."""
         q, k, v = map(self.split, self.projected(x))
         if k.shape[1] != q.shape[1]:
             k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for each in (k, v))

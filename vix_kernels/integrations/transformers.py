@@ -99,7 +99,7 @@ def _attention_function(attention: DropIn, retrain: bool) -> Callable[..., tuple
         is_causal: bool | None = None,
         **others: Any,
     ) -> tuple[Tensor, None]:
-        """Return the attention output, (batch, tokens, heads, head_dim), and None in place of the attention weights."""
+        """Map query, key and value (batch, heads, tokens, head_dim) to the output (batch, tokens, heads, head_dim) and None."""
         check_trained(attention.core, retrain)
         for name in _UNSERVED:
             value_of = others.get(name)
@@ -255,8 +255,8 @@ def padding_mask(
 ) -> Tensor | None:
     """Return the additive mask (batch, 1, 1, tokens) for the registered attention functions, or None if there is no mask.
 
-    The mask is additive, as in transformers' eager attention, because many models add it to logits, regardless of the
-    selected attention.
+    The mask is additive, as in transformers' eager attention, because many models add the mask to the logits no matter
+    which attn_implementation is set.
     """
     if mask_function is not bidirectional_mask_function:
         raise NotImplementedError(

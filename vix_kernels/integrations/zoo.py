@@ -22,11 +22,12 @@ def replace_attention(
 
     Args:
         model: a model from create_model.
-        layers: names or patterns of the layers to replace, such as ["blocks.1*"]. None: all. The report omits other layers.
+        layers: names or patterns of the layers to replace, such as ["blocks.1*"]. None: all.
+            Layers that match no name or pattern are not listed in the report.
         op, retrain, options: as in DropIn. Each layer has different random features.
 
     Returns:
-        a report that lists the replaced layers, and states why other attention layers could not be replaced.
+        a report that lists the replaced layers, and states why the remaining selected layers could not be replaced.
 
     Raises:
         ValueError: nothing could be replaced, a pattern matches no attention layer, or `op` needs retrain=True.

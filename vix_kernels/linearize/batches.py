@@ -29,7 +29,7 @@ def drawn(name: str, batches: Batches, least: int = 1) -> Iterator[Any]:
     except TypeError:
         what = type(found).__name__
         raise TypeError(f"{name}: expected a function that returns a fresh iterator, got one that returns {what}") from None
-    return (batch for batch in iterator if size_of(batch) >= least)
+    return (batch for batch in iterator if size_of(batch, name) >= least)
 
 
 def endless(batches: Batches, least: int = 1) -> Iterator[Any]:
@@ -49,10 +49,10 @@ def endless(batches: Batches, least: int = 1) -> Iterator[Any]:
             raise ValueError(f"batches: expected a function that returns at least one batch{of} in every call, got none")
 
 
-def size_of(batch: Any) -> int:
-    """Return the number of samples in a batch."""
+def size_of(batch: Any, name: str = "batches") -> int:
+    """Return the number of samples in a batch. Errors refer to the argument that provided the batch as `name`."""
     if not any(x.dim() for x in tensors(batch)):
-        raise TypeError(f"batches: expected tensors, tuples or dicts of tensors, got {type(batch).__name__}")
+        raise TypeError(f"{name}: expected tensors, tuples or dicts of tensors, got {type(batch).__name__}")
     return len(next(x for x in tensors(batch) if x.dim()))
 
 

@@ -254,7 +254,7 @@ def _dataset(trained: Trained, options: Any) -> Dataset:
 
 
 def _batches(dataset: Dataset, trained: Trained, images: Any, count: int, size: int) -> Callable[[], Iterator[Tensor]]:
-    """Return a function that iterates over `count` random images in batches of `size`, in the same order in every call."""
+    """Return a function that iterates over `count` random images in batches of `size`. Every call yields the same batches."""
     import torch
 
     def batches() -> Iterator[Tensor]:

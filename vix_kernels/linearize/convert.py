@@ -81,7 +81,8 @@ def linearize(
         max_error: layers with a larger relative squared error keep softmax attention. For "nystrom", each layer uses the
             smallest number of landmarks with an error of at most max_error, unless num_landmarks is given.
         eval_batches: held-out batches for the report. Defaults to `batches`.
-        eval_samples: number of samples on which the report compares the model with the original, rounded up to whole batches.
+        eval_samples: number of samples for the errors of the layers and the comparison with the original model, rounded up to
+            whole batches.
         output: a folder for checkpoints. A call with the same settings continues an interrupted conversion in this folder.
         overwrite: whether to start again if `output` contains a conversion.
         seed: random seed for initializing the features.
@@ -204,7 +205,7 @@ class Conversion:
                 break
         check_same(name, self.eval_batches, self.ranks)
         if not count:
-            raise ValueError("eval_batches: expected a function that returns at least one batch, got none")
+            raise ValueError(f"{name}: expected a function that returns at least one batch, got none")
         self.report.samples = count
 
     def prepare(self, saved: Progress) -> None:

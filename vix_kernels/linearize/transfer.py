@@ -47,7 +47,7 @@ class Layer:
         holder: the module that holds the core and its parameters.
         students: the candidate cores.
         prefix_tokens: the number of class and register tokens.
-        on_grid: number of students whose landmarks can be placed on the model's grid. They come first in `students`.
+        on_grid: number of students whose landmarks or agents can be placed on the model's grid. They come first in `students`.
         tokens, batch: the number of tokens and the batch size of k in the latest call.
         reason: why the layer cannot be converted, or "" if no reason is known.
         errors: for each call, a tensor (students + 1,): the squared error of each student, and the squared norm of the softmax

@@ -60,7 +60,7 @@ def rows() -> tuple[BreakEven, ...]:
 
 
 def slower(op: str, tokens: int, width: int, device: str) -> BreakEven | None:
-    """Return the row for `op` if `op` is slower than softmax attention in the forward pass, otherwise None.
+    """Return the row that shows that `op` is slower than softmax attention in the forward pass, or None if no row shows this.
 
     Args:
         op: short name of the attention method, such as "nystrom".

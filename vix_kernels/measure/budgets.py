@@ -191,7 +191,7 @@ def nvidia_violations(row: Row) -> list[str]:
 
 
 def is_pass(row: Row) -> bool:
-    """Return whether the kernel of `row` computes softmax attention between tokens and slots."""
+    """Return whether the kernel of `row` computes softmax attention between tokens and slots, or its gradients."""
     return row.kernel.startswith(("aggregate", "broadcast")) and "prepare" not in row.kernel
 
 
@@ -228,7 +228,7 @@ class Budget:
     dtype: str = "bf16"
 
     def value(self, rows: Iterable[Row]) -> float | None:
-        """Return the value to compare with `most`, or None if a row is missing. `rows` must be from one Triton version."""
+        """Return the value to compare with `most`, or None if no rows match. `rows` must be from one Triton version."""
         rows = [row for row in rows if row.arch == "sm_90" and row.width == self.width]
         value = self.sum([row for row in rows if row.dtype == self.dtype], self.use)
         if value is None or (self.dtype == "bf16" and not self.against):

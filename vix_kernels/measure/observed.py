@@ -1,4 +1,7 @@
-"""Record the kernel launches of a call without compiling kernels. Each launch has a hash of what determines its code."""
+"""Record the kernel launches of a call without compiling kernels.
+
+Each recorded launch includes a hash of everything that determines the kernel's machine code.
+"""
 
 from __future__ import annotations
 
@@ -142,7 +145,10 @@ class OnMeta(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Use:
-    """A pass in the compile report. `op` is the operator with its variant, and `direction` is "forward" or "backward"."""
+    """A pass in the compile report.
+
+    `op` is the operator with its variant, `direction` is "forward" or "backward", and `slots` is the number of slots.
+    """
 
     op: str
     direction: str

@@ -293,7 +293,7 @@ class Race:
         return Result(ok(**label, **figures), time.samples)
 
     def work(self, direction: str) -> Cost:
-        """Return the minimum work, assuming that both passes read each input once and write each result once."""
+        """Return the minimum work, assuming that each pass reads every input once and writes every result once."""
         spec, inputs = self.problem.spec, list(self.problem.tensors.values())
         outputs = self.truth.batch * sum(x.nbytes for x in self.truth.plain[0])
         moved, flops, exps = sum(map(_bytes, inputs)) + outputs, spec.flops(self.case), spec.exps(self.case)

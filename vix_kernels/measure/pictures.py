@@ -50,7 +50,7 @@ def draw(folder: Path, rows: Iterable[Row], sweep: str, formats: Iterable[str] =
 
 
 def _figure(title: str, curves: Mapping[str, list[Row]], sweep: str, looks: Mapping[str, dict[str, Any]]) -> Any:
-    """Return a figure with panels for the times of the forward and backward passes, and a panel for memory.
+    """Return a figure with a panel for the times of each measured direction (see NAMES), and a panel for memory.
 
     Axes are logarithmic. `curves` maps line names to rows.
     """

@@ -65,8 +65,9 @@ def in_turns(
 ) -> dict[str, DeviceTime]:
     """Time each function, by default in CPU time, and return the times by name.
 
-    Each round repeats every function for about `seconds`, but calls it at least once. A warm-up round at the start is not
-    counted. Because calls to the functions alternate, a change in the speed of the machine affects all of them equally.
+    Each round repeats every function for about `seconds`, but calls it at least once. A warm-up round at the start, which calls
+    each function once, is not counted. Because calls to the functions alternate, a change in the speed of the machine affects
+    all of them equally.
     """
 
     def timed(function: Callable[[], Any], calls: int) -> float:

@@ -39,7 +39,7 @@ class Op:
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """The shapes of the operands, followed by the shape of the result."""
+        """The tensor shapes in the types of the operation: first those of the operands, then that of the result."""
         return [tuple(map(int, each.split("x")[:-1])) for each in SHAPE.findall(self.text)]
 
     @property

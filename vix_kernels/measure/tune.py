@@ -51,7 +51,7 @@ class Proposal:
     """The result for one key.
 
     `use` names the operator and direction of the timed call, which launches the kernel. `present` is the current configuration,
-    and `tried` is the number of different configurations that were tried. Times are in milliseconds.
+    and `tried` is the number of other configurations that were tried. Times are in milliseconds.
     """
 
     key: Key

@@ -18,8 +18,8 @@ from .module import AttentionModule
 class Linear(Core):
     """Linear attention with an elementwise feature map of q and k.
 
-    `attend` ignores `scale`. With relu, a scale would only change the influence of eps. With elu, training adapts to the
-    unscaled q and k.
+    `attend` ignores `scale`. With relu, a scale would only change the influence of eps. With elu, the model can learn the
+    scale as part of the weights of q and k.
 
     Attributes:
         feature_map: "relu" or "elu" (elu + 1).

@@ -78,7 +78,7 @@ class Linformer(PrefixCore):
         x is projected along the token axis, to E^T x, before the key and value layers are applied. This order does not change
         the result, because (E^T x) W = E^T (x W). It is faster if there are fewer slots than tokens.
 
-        The result is None if there is a rotary embedding or `exact_prefix` is set, because these need the keys of all tokens.
+        The result is None if there is a rotary embedding or `exact_rows` is not 0, because these need the keys of all tokens.
         It is also None if `per_head` is set, because x would be projected once for each head.
         """
         if self.per_head or rope is not None or self.exact_rows(tokens):

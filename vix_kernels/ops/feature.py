@@ -52,7 +52,7 @@ def feature_attention(
         query_features, key_features: wq and wk, float32 (M, head_dim) or (heads, M, head_dim). They must have the same shape.
         feature_bias: b, float32 (M,) or, if each head has separate features, (heads, M). None means 0.
         gaussian: g, the factor of the term c^2 |k|^2 / 2, >= 0. True means 1, and False means 0.
-        scale: scaling factor of the logits, > 0. Defaults to head_dim ** -0.5.
+        scale: scaling factor of the softmax logits that the features approximate, > 0. Defaults to head_dim ** -0.5.
         key_padding_mask: bool (batch, tokens), True = valid. If a sample has no valid key, its output is 0.
         rope: rotary embedding of q and k, applied inside the kernels. Requires as many queries as tokens.
         exact_rows: the number of leading queries (class and register tokens) that use exact softmax attention. See

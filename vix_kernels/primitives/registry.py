@@ -95,7 +95,7 @@ def register(schema: str, *, module: str, fake: Callable, has_kernel: Callable[.
     Args:
         schema: a `torch.library` schema. The last argument must be `str backend` ("torch" or "triton"). The types in GROUPS can
             also be used, as in "Rotary? rotary" and "Pool pool". Implementations receive a value of such a type as one
-            argument. The registered operator receives each field of the value as a separate argument.
+            argument. The registered operator receives the fields in the type's SCHEMA as separate arguments.
         module: name of the module with the implementation, in both `_torch/` and `_triton/`. The implementation is a function
             with the operator's name. It receives the arguments without the backend.
         fake: a function that receives all arguments and returns empty outputs with the right shapes, dtypes and strides.

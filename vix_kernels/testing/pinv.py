@@ -63,6 +63,6 @@ PINV = OpSpec(
     cases=CASES,
     flops=_flops,
     exps=lambda case: case.batch * case.heads * case.features**2,
-    backward=3.0,  # the backward pass recomputes the four products of each iteration, and needs eight more
+    backward=3.0,  # the backward pass recomputes the four products of each iteration, and needs eight more for gradients
 )
 register(PINV)

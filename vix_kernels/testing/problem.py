@@ -59,7 +59,11 @@ class Problem:
         return out if isinstance(out, tuple) else (out,)
 
     def gradients(self, outputs: tuple[Tensor, ...], cotangents: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
-        """Return the gradients for the tensors that require gradients. By default, the cotangents are uninitialized tensors."""
+        """Return the gradients for the tensors that require gradients.
+
+        Without `cotangents`, uninitialized tensors are used, and the values of the gradients are meaningless. This is enough to
+        count, record or compile the kernels of the backward pass.
+        """
         wanted = [x for x in self.tensors.values() if x.requires_grad]
         return torch.autograd.grad(outputs, wanted, cotangents or [torch.empty_like(x) for x in outputs])
 

@@ -25,7 +25,7 @@ class HostModel(nn.Module):
     Attributes:
         host: the timm or transformers model.
         in_chans, img_size, num_classes: the shape of the inputs and outputs. The argument `shape` (channels, height,
-            width) overrides in_chans and img_size.
+            width) overrides in_chans and img_size. Use it for models that accept any image size.
         config: a dict whose entry "data", if any, describes the training images, as explained in `save_model`.
     """
 
@@ -127,7 +127,10 @@ def create_host(spec: str, checkpoint: str | None, pretrained: bool, **arguments
 
 
 def accepts_size(name: str) -> bool:
-    """Return whether the timm model `name` accepts the argument `img_size`, as vision transformers do."""
+    """Return whether the timm model `name` has a `patch_embed` with an `img_size`, as most vision transformers do.
+
+    Such models accept the argument `img_size`. If timm cannot create the model, return False.
+    """
     try:
         import timm
 

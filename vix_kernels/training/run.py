@@ -176,9 +176,10 @@ class Run:
         self.new = self.ranks.decided(lambda: not resumes(self.output, self.resume))
 
     def open(self) -> None:
-        """Create and lock the folder if it does not exist yet. Write args.yaml and, for a new folder, last.pt.
+        """Create and lock the folder if it does not exist yet, and write args.yaml.
 
-        If a run is resumed in a new folder, also copy best.pt and write summary.csv.
+        Unless the run in the folder continues, also write last.pt. If a run is resumed in another folder, also write
+        summary.csv, and copy best.pt if it is from the best epoch.
         """
         history = self.state.history
         branches = self.new and bool(history)  # True if a run is resumed in a new folder, to which best.pt is copied

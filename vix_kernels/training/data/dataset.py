@@ -20,7 +20,10 @@ Augmentation = Callable[[Tensor, Draws], Tensor]
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset before its images are loaded."""
+    """A dataset before its images are loaded.
+
+    It contains the information needed to create a model and to check the settings of a run.
+    """
 
     name: str
     classes: tuple[str, ...]

@@ -136,7 +136,10 @@ def _images_in(folder: Path, ancestors: tuple[os.stat_result, ...] = ()) -> Iter
 
 
 def _annotated(path: Path, classes: Sequence[str]) -> Files:
-    """Return the files and labels in val_annotations.txt. Each line has a file name, a class and an ignored bounding box."""
+    """Return the files and labels in val_annotations.txt.
+
+    Each line has a file name, a class and a bounding box. The bounding box is not used.
+    """
     labels = {name: label for label, name in enumerate(classes)}
     files = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
