@@ -10,9 +10,9 @@ each round times all methods in turn, and divides their CPU times by the CPU tim
 the median over the rounds.
 
 --predict needs no GPU. As in `vix dev roofline OP --shape`, the time of each launch is computed from the machine code and
-published peak rates. Each PyTorch kernel adds only a fixed launch time. Softmax attention is predicted in the same way, from
-the kernel in vix_kernels/measure/flash.py. This kernel has no backward pass, so only forward passes are predicted. --write
-updates the table in vix_kernels/measure/break_even.csv.
+published peak rates. For each kernel of PyTorch, a fixed launch time is used. Softmax attention is predicted in the same way,
+from the kernel in vix_kernels/measure/flash.py. This kernel has no backward pass, so only forward passes are predicted.
+--write updates the table in vix_kernels/measure/break_even.csv.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def measure(width: int, tokens: int, rounds: int) -> Iterator[Row]:
 def predict(width: int, tokens: int, gpu: Device) -> Iterator[Row]:
     """Yield a row for each method, with the predicted time of its forward pass in bfloat16.
 
-    A method that launches no kernel of this library has no row. For example, Fourier mixing uses torch.fft for long inputs.
+    A method that launches no kernel of this library has no row.
     """
     from vix_kernels.measure.flash import flash_forward
     from vix_kernels.measure.launch_times import committed, predict, row_of

@@ -2,7 +2,7 @@
 
     python -m bench.image_folder --dataset cifar10 --output DIR --train 10000 --test 3000
 
-The subset is random because datasets may be sorted by class. The script needs the extra `train`.
+The subset is random because datasets may be sorted by class. The script requires the `train` extra.
 """
 
 from __future__ import annotations

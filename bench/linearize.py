@@ -1,4 +1,4 @@
-"""Convert a trained softmax model to several attention methods, and compare the accuracies. `make linearize` runs this script.
+"""Convert a trained transformer to several attention methods, and compare the accuracies. `make linearize` runs this script.
 
 The teacher is a model trained by `vix train` on a labeled dataset. The script converts the teacher to every method with every
 number of features or landmarks, with and without exact softmax attention for the class token, and with every seed. Conversions
@@ -206,7 +206,7 @@ def draw(output: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def draw_times(axes: Any, times: list[dict[str, Any]], colors: dict[str, str]) -> None:
-    """Plot the time per image against the number of tokens. In converted models, class tokens use exact softmax attention."""
+    """Plot the time per image against the number of tokens."""
     for method, slots in dict.fromkeys((row["method"], row["slots"]) for row in times):
         chosen = [row for row in times if (row["method"], row["slots"]) == (method, slots)]
         tokens, values = ([float(row[name]) for row in chosen] for name in ("tokens", "ms"))

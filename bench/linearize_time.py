@@ -6,7 +6,7 @@
 The model is hybrid_vit as in `make linearize`, or a timm vision transformer. All models have random weights, because the time
 does not depend on the weights. The batch size is 1. Each round calls every model once. Each row of linearize-time.csv
 (NAME-time.csv for a timm model) contains the median time of one model. Times are CPU times of one thread. "no attention" is the
-softmax model with its attention layers replaced by the identity.
+original model with its attention layers replaced by the identity.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def timm_vit(name: str, side: int) -> tuple[nn.Module, int]:
 
 
 def models(model: Callable[[], nn.Module]) -> Iterator[tuple[Key, nn.Module]]:
-    """Yield (key, model) for the softmax model that `model` creates, its conversions, and the model without attention.
+    """Yield (key, model) for the model that `model` creates, its conversions, and the same model without attention.
 
     In the conversions, class tokens use exact softmax attention.
     """

@@ -1,7 +1,7 @@
 """Measure how closely linear-cost attention methods approximate softmax attention as the number of slots grows.
 
 The slots are random features, segment or grid landmarks, or pooled agents. The baseline is the mean of v. There are three sets
-of tokens. For the first set, the script trains a softmax transformer on images of digits. The set contains q, k and v for
+of tokens. For the first set, the script trains a transformer on images of digits. The set contains q, k and v for
 held-out images (16 x 16 tokens). The second and third sets are smooth and rough random fields with known correlation lengths
 (64 x 64 tokens). The error is |out - exact| / |exact| for one head and image, or for one field. In the figure, lines show
 medians and bands show quartiles. No method is trained to approximate softmax attention. linformer_attention is skipped, because
@@ -11,7 +11,7 @@ examples:
   python -m bench.quality --output docs/quality.png    also writes docs/quality.csv; two minutes on an idle core
   python -m bench.quality --output quality.png --quick
 
-The script runs on the CPU and needs the extra `train`: pip install -e '.[train]'.
+The script runs on the CPU and requires the `train` extra: pip install -e '.[train]'.
 """
 
 from __future__ import annotations

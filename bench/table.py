@@ -1,8 +1,8 @@
 """Print the results of `pytest --benchmark` or `vix bench --models` as a table of ratios to other implementations.
 
 The peer of an operator is another package, or plain PyTorch if no package implements the operator. A ratio is the time or
-memory of this library divided by that of the other implementation. A target is an upper limit for a ratio. Ratios above the
-target are marked as missed.
+memory of this library divided by that of the other implementation. A target is an upper limit for a ratio. If a ratio is
+above its target, the table shows "missed" and the target.
 
 examples:
   pytest --benchmark --benchmark-json run.json

@@ -134,7 +134,7 @@ class Backbone(nn.Module):
         return self.norm(self.forward_trunk(x))
 
     def pool(self, x: Tensor) -> Tensor:
-        """Pool the tokens to one vector per image, or return them unchanged if global_pool is ""."""
+        """Pool the tokens into one vector per image, or return them unchanged if global_pool is ""."""
         if self.global_pool == "":
             return x
         if self.global_pool == "token":
@@ -210,9 +210,10 @@ class Backbone(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove, in place, the modules that `forward_intermediates` does not need for `indices`.
+        """Remove the levels after the last level that `indices` selects, in place.
 
-        `save_model` rejects a pruned model.
+        If prune_norm is True, also remove the final norm. If prune_head is True, also remove the head. `save_model` rejects a
+        pruned model.
 
         Returns:
             The indices of the chosen levels, as integers >= 0.

@@ -20,7 +20,7 @@ from .layers import ConvStem, TokenBatchNorm, run_blocks
 
 
 class FNet2D(Backbone):
-    """An FNet (arXiv:2105.03824) that transforms the rows, columns and channels of the token map.
+    """An FNet (arXiv:2105.03824) that applies a Fourier transform over the rows, columns and channels of the token map.
 
     `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
 

@@ -42,7 +42,7 @@ def condense(source: Path) -> dict[str, Any]:
 
 
 def _rows(state: dict[str, dict[str, Any]], norms: dict[str, float | None]) -> list[dict[str, Any]]:
-    """Return the rows of "state". Entries that differ only in the layer number are merged into one row."""
+    """Return the rows of "state" in golden.json. Entries that differ only in the layer number are merged into one row."""
     alike = defaultdict(list)
     for key, entry in state.items():
         if not entry.get("derived"):

@@ -77,7 +77,10 @@ def compile_performer(target: str) -> list[offline.CompiledLaunch]:
 
 
 def shared_both_ways(target: str) -> list[int]:
-    """Compile the toy kernel until shared memory is allocated, then completely. Return both shared memory sizes in bytes."""
+    """Compile the toy kernel twice: up to the allocation of shared memory, and completely.
+
+    Return both shared memory sizes in bytes.
+    """
     x = torch.empty(1024, 64, dtype=torch.bfloat16, device="meta")
     meta = {"D": 64, "BLOCK": 64, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
     arguments = x, x, x, x.stride(0), 1024

@@ -263,7 +263,7 @@ def test_the_grid_of_a_call_overrides_that_of_the_core(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["performer", "linear", "softmax"])
 def test_cores_without_slots_on_a_grid_accept_a_prefix_of_any_length(name: str) -> None:
-    """The grid does not change their output. It may have fewer tokens than the call, but not more."""
+    """The output does not depend on the grid size. The grid may have fewer tokens than the input, but not more."""
     module, x = make_module(CORES[name](), 16, num_heads=2).eval(), torch.randn(2, 25, 16)
     compiled = torch.compile(module, backend="eager", fullgraph=True)
     assert torch.equal(module(x, grid_size=(4, 6)), module(x))

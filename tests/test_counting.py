@@ -168,7 +168,7 @@ def code() -> list:
 
 
 def test_loops_are_found_in_machine_code():
-    """A block after EXIT that branches back is not a loop, and unreachable code is ignored."""
+    """A branch back to EXIT from later code is not a loop. Unreachable code is ignored."""
     program = loops(code())
     (loop,) = program.children
     assert [each.kind for each in loop.code] == ["HGMMA", "MUFU", "BRA", "LDS", "BRA"]

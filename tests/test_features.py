@@ -19,7 +19,7 @@ every_model = pytest.mark.parametrize("name", PUBLISHED)
 
 
 def build(name: str, **overrides: object) -> nn.Module:
-    """Return a model with several levels. Noise is added to the initial weights."""
+    """Return a model with several blocks or stages. Noise is added to the initial weights."""
     arguments = small_model(name, **overrides)
     if name.startswith("le"):
         arguments |= {"stages": 2, "embed_dim": (16, 24), "depth": (1, 2)}

@@ -201,7 +201,7 @@ def test_a_student_learns_from_its_teacher(run: Path, distill: str, tmp_path: Pa
 
 
 def test_the_distance_of_a_single_output_is_not_zero() -> None:
-    """The softmax of a single logit is always 1, so there are no probabilities to compare."""
+    """The softmax of a single logit is always 1, so the distance is the squared error of the logits."""
     actual = torch.tensor([[1.0], [2.0]], requires_grad=True)
     loss = distance(actual, torch.tensor([[2.0], [4.0]]), "soft")
     loss.backward()
@@ -227,7 +227,7 @@ DISTILLED = ("--model", "timm:deit_tiny_distilled_patch16_224", "--model-kwargs"
 
 
 def test_teachers_with_two_heads(refused: Callable[..., str], tmp_path: Path) -> None:
-    """A student with two classifier heads learns to match the inputs of both heads of the teacher.
+    """A student with two classifier heads learns to match the features before both heads of the teacher.
 
     A student with one head is rejected.
     """

@@ -105,9 +105,9 @@ def test_only_kernels_and_measurements_import_triton() -> None:
 
 
 def test_every_primitive_has_a_torch_implementation() -> None:
-    """Each primitive has a module in _torch/ whose name starts with the primitive's name.
+    """Every primitive except `nystrom` has a module in _torch/ whose name starts with the primitive's name.
 
-    The exception is `nystrom`, which combines primitives.
+    `nystrom` combines other primitives.
     """
     primitives = {name.partition(".")[2] for name in MODULES if layer(name) == "primitives"} - {"", "autograd", "registry"}
     files = {name.partition(".")[2] for name in MODULES if layer(name) == "_torch"}

@@ -100,7 +100,7 @@ def test_nan_reaches_only_windows_that_contain_it(backend: str, adaptive: bool) 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_the_reference_confines_values_that_are_not_finite(adaptive: bool, value: float) -> None:
-    """The reference's landmarks and gradients equal those of `landmarks`, also under torch.func transforms and tracing."""
+    """The reference's landmarks and gradients equal those of `landmarks`, with and without torch.func transforms or tracing."""
     x = tokens(2, 2, 1 + 5 * 7, 8, dtype=torch.float32)
     x[0, 0, 1 + 2 * 7 + 2, 3] = value  # row 2, column 2
     options = dict(prefix=1, rows=5, mark_rows=2, mark_columns=3, adaptive=adaptive)

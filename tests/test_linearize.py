@@ -645,7 +645,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 
 
 def test_batches_that_processes_cannot_divide_are_refused(tmp_path: Path) -> None:
-    """All processes raise the error, and the model keeps its softmax attention.
+    """All processes raise the same error, and the model keeps its softmax attention.
 
     The number of tokens per sample may differ between processes.
     """

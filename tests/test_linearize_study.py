@@ -37,7 +37,7 @@ def data(tmp_path: Path) -> Path:
 def test_the_study(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Train a model with 17 tokens, and fine-tune it with 65 tokens on some of the images.
 
-    Run the study on the fine-tuned model with 16 slots, and rerun it with 16 and 36 slots.
+    Run the study on the fine-tuned model with 16 slots. A rerun with 16 and 36 slots adds only the rows with 36 slots.
     """
     short, long, images, output = (tmp_path / name for name in ("short", "long", "images", "study"))
     train = ["train", "--model", "hybrid_vit", *TINY]

@@ -191,7 +191,7 @@ class TestRestart:
 
 
 class FakeCapture:
-    """Simulates graph capture in torch 2.11. After a capture fails, later allocations still use its memory pool."""
+    """Simulates a failed graph capture in torch 2.11. Later allocations still use the memory pool of this capture."""
 
     def __init__(self, monkeypatch, recovers: bool = True) -> None:
         self.calls: list[str] = []

@@ -68,14 +68,14 @@ def run(problem: Problem, **how) -> tuple[list[Tensor], list[Tensor]]:
     for i, out in enumerate(outputs):
         generator = torch.Generator().manual_seed(10 + i)
         cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device)
-        # The log-sum-exp of an empty slot is -inf. A finite loss cannot depend on it, so its gradient is 0.
+        # The log-sum-exp of a slot without valid tokens is -inf. A finite loss cannot depend on it, so its gradient is 0.
         cotangents.append(cotangent.masked_fill(out.detach() == float("-inf"), 0).to(out.dtype))
     grads = torch.autograd.grad(outputs, leaves, cotangents)
     return [out.detach() for out in outputs], list(grads)
 
 
 def finite(x: Tensor) -> Tensor:
-    """Replace -inf, the log-sum-exp of an empty slot, with a finite number that is far from all other values."""
+    """Replace -inf, the log-sum-exp of a slot without valid tokens, with a finite number far from all other values."""
     return torch.where(x == float("-inf"), -1e3, x.double())
 
 
@@ -124,7 +124,7 @@ def test_error_budget(spec: OpSpec, case: Case, backend: str, poisoned: None) ->
 
 @pytest.mark.parametrize("spec, case", EVERY)
 def test_error_budget_in_float64(spec: OpSpec, case: Case, poisoned: None) -> None:
-    """Check the PyTorch backend in float64. The test that uses `Canaries` checks the kernels in float64."""
+    """Check the PyTorch backend in float64. `test_kernels_write_their_outputs_and_nothing_else` checks the kernels."""
     check_budget(spec.problem(case, dtype=torch.float64, device=DEVICE), "torch")
 
 
@@ -183,7 +183,7 @@ def test_gradcheck(spec: OpSpec, case: Case, backend: str) -> None:
     heads = case.heads if case.per_head else 1
     small = replace(case, tokens=9, heads=heads, features=5, width=max(8, case.rotary or 0))
     problem = spec.problem(small, dtype=torch.float64)
-    # Masked entries and the biases of empty slots are not finite and have no numerical derivative, so they are kept fixed.
+    # Masked entries and biases of slots without valid tokens are not finite and have no derivative, so they are kept fixed.
     fixed = {name: ~problem.tensors[name].isfinite() for name in spec.differentiable}
     leaves = [torch.nan_to_num(problem.tensors[name], 0.0, 0.0, 0.0).requires_grad_() for name in spec.differentiable]
 

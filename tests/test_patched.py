@@ -338,7 +338,7 @@ def test_arguments_that_are_not_models(package: str) -> None:
 
 
 def test_copies_of_the_package_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Projects such as scBERT contain a folder performer_pytorch with an older version, whose outputs differ."""
+    """Projects such as scBERT include an older copy of performer_pytorch, whose outputs differ."""
     pytest.importorskip("performer_pytorch", reason="performer_pytorch is not installed")
     kind = type("FastAttention", (nn.Module,), {"__module__": __name__})
     monkeypatch.setitem(sys.modules, "performer_pytorch", SimpleNamespace(FastAttention=kind))

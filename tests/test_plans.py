@@ -326,7 +326,7 @@ def test_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checkpointed calls are not replayed, because replays and other calls save different tensors for the backward pass."""
+    """Checkpointed calls are not replayed, because a replay and a normal call save different tensors for the backward pass."""
     x, y = leaves(4, 8)
     expected = passes(product, (x, y))
     make_ready(product, (x, y))
@@ -346,7 +346,7 @@ def test_hooks_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["item", "in place", "bool", "equal"],
 )
 def test_functions_that_depend_on_values(operation: Callable[[Tensor], Any]) -> None:
-    """Calls are not replayed if the function reads tensor values in Python (such as with `item()`) or changes them in place.
+    """Calls are not replayed if the function reads tensor values in Python, as `item()` does, or modifies a tensor in place.
 
     The entry in `plans.entries` gives the reason.
     """

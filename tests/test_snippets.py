@@ -77,7 +77,7 @@ SKIPPED = {f"{name(page)}:{block.line}": block.skipped for page in PAGES for blo
 
 
 def test_no_address_is_a_placeholder() -> None:
-    """Test that no page contains a placeholder address. This repository has no public address yet."""
+    """Test that no page contains a placeholder URL. This repository has no public URL yet."""
     for page in (*PAGES, ROOT / "CONTRIBUTING.md"):
         found = re.search(
             r"REPOSITORY|<owner>|your-org|example\.com|git clone (?!https://)|git\+(?!https://)", page.read_text()

@@ -200,7 +200,7 @@ def test_all_models_from_one_configuration_have_the_attention(layers: list[str] 
 
 @pytest.mark.parametrize("how", ["name", "layers"])
 def test_a_saved_configuration_describes_the_attention(how: str, tmp_path: Path) -> None:
-    """The saved configurations of a model and of its vision part describe the attention layers.
+    """The saved configurations of a CLIP model and of its vision model describe the attention layers.
 
     Configurations with softmax attention have no additional entries.
     """

@@ -57,8 +57,8 @@ LARGEST = 3 * 2**29  # bytes of weights; for larger models, torch would write th
 def decomposed(program: ExportedProgram) -> ExportedProgram:
     """Return an equivalent program that uses only PyTorch operators, runs without this library and supports gradients.
 
-    The returned program materializes matrices of size tokens x slots. For 16-bit dtypes, it still computes sums and statistics
-    in float32.
+    The returned program materializes N x M matrices for N tokens and M features, landmarks, agents or projected keys. For
+    16-bit dtypes, it still computes sums and statistics in float32.
 
     Args:
         program: the result of torch.export.export. Dynamic sizes stay dynamic.
@@ -156,7 +156,7 @@ def _compared(file: Path, runs: list[tuple[Any, ...]], expected: list[list[Tenso
     """Run `file` in onnxruntime and yield the relative error of every output of every run.
 
     Raises:
-        RuntimeError: a relative error is too large.
+        RuntimeError: a relative error exceeds the square root of the output dtype's eps, or an integer output differs.
     """
     import onnxruntime
 

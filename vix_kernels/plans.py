@@ -90,7 +90,10 @@ def _only_default_device() -> bool:
 
 @functools.cache
 def initial_fields(kind: type) -> list[str]:
-    """Return the names of the fields that are parameters of __init__. Other fields (Rope.remake) do not affect a call."""
+    """Return the names of the fields that are parameters of __init__.
+
+    Other fields, such as Rope.remake, do not affect a call.
+    """
     return [each.name for each in fields(kind) if each.init]
 
 
@@ -226,7 +229,7 @@ def differentiate(results: Sequence[Tensor], inputs: Sequence[Tensor], gradients
 
 
 def dense(x: Tensor) -> Tensor:
-    """Return the gradient x as a non-overlapping and dense tensor, with unit last stride and its negative bit resolved."""
+    """Return the gradient x as a dense, non-overlapping tensor whose last stride is 1 and whose negative bit is not set."""
     x = x.resolve_neg()
     is_dense = torch.empty_like(x).stride() == x.stride()  # empty_like keeps the strides of dense tensors
     return x if is_dense and x.stride()[-1:] in ((), (1,)) else x.contiguous()

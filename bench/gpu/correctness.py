@@ -107,7 +107,7 @@ def repeats(problem: Problem) -> tuple[str, float]:
 def graph(problem: Problem) -> tuple[str, float]:
     """Check that a CUDA graph, replayed on new inputs, returns the same bits as an eager call.
 
-    Return an error message or "", and 1 if the results differ, otherwise 0.
+    Return an error message and 1 if the results differ, otherwise "" and 0.
     """
 
     def run() -> list[Tensor]:

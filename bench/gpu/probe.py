@@ -61,7 +61,7 @@ def double_kernel(x, SIZE: tl.constexpr):
 
 
 def launch(plan: Plan) -> None:
-    """Run a tiny kernel. The first launch builds Triton's launcher, which needs a C compiler and Python.h."""
+    """Run a tiny kernel and check the result. To build its launcher, Triton needs a C compiler and Python.h."""
     if plan.inject == "compiler":
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
     x = torch.ones(32, device=plan.device)

@@ -1,4 +1,4 @@
-"""Search for faster launch configurations, as `vix dev tune` does, for up to 12 seconds per main entry of the launch table."""
+"""Search for faster launch configurations, as `vix dev tune` does, for up to 12 seconds per launch-table key (see `keys`)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def rows(plan: Plan) -> Iterator[Job]:
 
 
 def keys(plan: Plan) -> list[Key]:
-    """Return the launch-table keys to tune: those of KERNELS with 16 bits and head width 32 or 64.
+    """Return the launch-table keys to tune: those of KERNELS for 16-bit dtypes and head widths 32 and 64.
 
     Keys without a suffix such as "_heavy" come first.
     """

@@ -93,7 +93,7 @@ class NystromAttention(Mixer):
     all-zero tokens, so the class token is rotated as the 64th token. The initial value of the pseudo-inverse depends on the
     largest row and column sums in the batch, so the output for a sample depends on the other samples.
 
-    nystrom_attention does not support fewer tokens than landmarks. In this case, the reference implementation runs.
+    If there are fewer tokens than landmarks before padding, the reference implementation runs.
     """
 
     def __init__(self, dim: int, *, heads: int, dim_head: int, backend: str, num_landmarks: int = 64) -> None:
@@ -211,7 +211,7 @@ class PerformerAttention(Mixer):
 
 
 class RandomFeatures(nn.Module):
-    """FAVOR+, except that a maximum is subtracted and an eps is added. The results therefore differ from those in the paper.
+    """FAVOR+, except that a maximum is subtracted and an eps is added.
 
     phi(x) = (exp(w x - |x|^2 / 2 - maximum) + 1e-4) / sqrt(m), for m features, where x is q or k times d^(-1/4). For a query,
     `maximum` is the largest w x over its features. For keys, it is the largest w x over all features, keys, heads and samples,

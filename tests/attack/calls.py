@@ -1,8 +1,7 @@
 """Invalid calls generated from signatures. Each call passes one invalid argument.
 
-The annotation and the name of a parameter determine the invalid values. All parameters of all public functions are tested.
-Each call must raise one of the errors in `NAMED`, with a message that names the argument. Parameters of type bool are exempt,
-because every Python value has a truth value.
+The annotation and the name of a parameter determine the invalid values. Each call must raise one of the errors in `NAMED`,
+with a message that names the argument. Parameters of type bool are exempt, because every Python value has a truth value.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, valid: T
 
 
 def performer_attention(q: Tensor, k: Tensor, v: Tensor, w: Tensor, *, scale: float, valid=None, how=EXACT) -> Tensor:
-    """FAVOR+ attention, which replaces exp(scale q k) with an estimate from the random features w_j.
+    """FAVOR+ attention, which replaces exp(scale q k) with an estimate that uses random vectors w_j.
 
     Up to a constant factor, the estimate is sum_j exp(c w_j q - c^2 |q|^2 / 2) exp(c w_j k - c^2 |k|^2 / 2), where c^2 = scale.
     """

@@ -573,7 +573,7 @@ def same(x: Tensor, y: Tensor) -> bool:
 def rounding(eps: float, alike: tuple[int, ...] = (), step: float = 0.0) -> Noise:
     """Return a function that changes every element by a relative error of up to `eps` and an absolute error of up to `step`.
 
-    Along the dimensions in `alike`, all elements get the same relative error, so equal tokens stay equal.
+    Along the dimensions in `alike`, all elements get the same relative and absolute errors, so equal tokens stay equal.
     """
     generator = torch.Generator().manual_seed(2)
 
@@ -627,9 +627,9 @@ def compared(trial: Trial, actual: Results, plain: Results) -> list[str]:
     """Return a message for each sample of a result whose error exceeds the budget.
 
     Where large logits are nearly equal, one rounding error can change the whole result, and plain PyTorch may have a small
-    error only by chance. A failed comparison is therefore repeated with more simulated rounding errors, and with the errors of
-    plain PyTorch on nearby inputs (the inputs perturbed by one rounding error). Non-finite results are always reported. Other
-    failures are reported only if they also occur for most nearby inputs.
+    error only by chance. A failed comparison is therefore repeated with a larger budget. This budget covers more simulated
+    rounding errors, and the errors of plain PyTorch on nearby inputs (the inputs perturbed by one rounding error). Non-finite
+    results are always reported. Other failures are reported only if they also occur for most nearby inputs.
     """
     exact = trial.exact(trial.tensors)
     names, most = list(exact), torch.finfo(trial.computed).max / 4

@@ -14,7 +14,8 @@ class Expected:
     """Tests that are expected to fail.
 
     Attributes:
-        pattern: matches the name of a test, such as "tests.test_models::test_model_forward[1-vix_vin_tiny]".
+        pattern: an fnmatch pattern for test names, such as "tests.test_models::test_model_forward[1-vix_vin_tiny]".
+            Brackets are literal.
         kind: the unsupported feature that the tests need.
         reason: why the feature is not supported, or how to avoid the failure.
     """

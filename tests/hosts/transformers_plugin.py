@@ -30,7 +30,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def use(attention: str) -> None:
-    """Make `attention` the default of all models, except in tests whose names contain an entry of SELECTION.
+    """Make `attention` the default implementation for all models, except in tests whose names contain an entry of SELECTION.
 
     `attention` also replaces "eager", because most tests select "eager" only to get attention weights.
     """

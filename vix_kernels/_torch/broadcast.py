@@ -123,7 +123,8 @@ def broadcast_backward(
 def _query_exps(queries: Tensor, pt: Tensor, bias: Tensor, scale: float, square: Scratch) -> tuple[Tensor, Tensor]:
     """Return the exponentials exp(g_nj - max_j g_nj) of a tile, and their sums over slots.
 
-    The exponentials have shape (pairs, tokens, M), where a pair is a sample and a head. A sum is 1 if all biases are -inf.
+    The exponentials have shape (pairs, tokens, M), where pairs = samples * heads. If all biases are -inf, the exponentials are
+    0 and the sum is set to 1.
     """
     logits = torch.baddbmm(bias, queries, pt, alpha=scale * LOG2E, out=square(*queries.shape[:2], pt.shape[2]))
     row_max = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)  # avoids -inf - (-inf)

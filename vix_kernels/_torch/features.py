@@ -1,4 +1,4 @@
-"""Features of tokens in linear attention: a feature map of the rotated and projected tokens.
+"""Features of tokens in linear attention: a feature map, applied to the rotated and projected tokens.
 
 The backward pass recomputes the features.
 """

@@ -127,5 +127,5 @@ def read(x: Tensor, counts: Tensor | None) -> Tensor:
 
 
 def _split(x: Tensor, like: Tensor) -> Tensor:
-    """Return x (batch * heads, L, width) in the shape (batch, heads, L, width) and the dtype of `like`."""
+    """Return x (batch * heads, L, width) as (batch, heads, L, width) in the dtype of `like`."""
     return x.view(like.shape).to(like.dtype)

@@ -78,10 +78,12 @@ def _weights(key_projection: Tensor, value_projection: Tensor | None, k: Tensor)
 
 
 def _add_products(total: Tensor, rows: Tensor, grads: Tensor, tile: Tile) -> None:
-    """Add rows_n . grads_j for a tile to `total` (heads or 1, N, K).
+    """Add the products rows_n . grads_j of a tile to `total` (heads or 1, N, K).
+
+    The products are summed over samples. If the first size of `total` is 1, they are also summed over heads.
 
     Args:
-        rows: (pairs, tokens, width), where a pair is a sample and a head.
+        rows: (pairs, tokens, width), where pairs = samples * heads.
         grads: (pairs, K, width).
     """
     _, heads, tokens = tile

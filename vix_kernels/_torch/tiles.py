@@ -5,9 +5,9 @@ written explicitly, and recomputes intermediate results that the forward functio
 tokens are in memory at a time, in a buffer that all tiles reuse. Products and sums are computed in float32 (float64 for float64
 inputs). 16-bit inputs are cast one tile at a time.
 
-Shapes: slots (Bs, Hs, M, D) with Bs in {1, B} and Hs in {1, H}; q, k (B, H, N, D); v (B, H, N, E); values (B, H, M, E);
-mask bool (B, N); cos, sin float32 or float64 (1 or H, N, R / 2), for the first R <= D channels of q or k. In
-shapes, a pair is a sample and a head.
+Shapes: slots (Bs, Hs, M, D) with Bs in {1, B} and Hs in {1, H}; q, k (B, H, N, D); v (B, H, N, E); values (B, H, M, E); mask
+bool (B, N); cos, sin float32 or float64 (1 or H, N, R / 2), for the first R <= D channels of q or k. The dimension `pairs` in
+shapes is samples * heads.
 Outputs and gradients of tokens have the same memory layout as the tokens. Other tensors are contiguous.
 """
 
@@ -123,7 +123,7 @@ class Scratch:
 
 
 def groups(x: Tensor, slots: int) -> Iterator[tuple[Group, list[Tile]]]:
-    """Split the tokens of x (batch, heads, tokens, channels) into tiles. Yield each group and its tiles.
+    """Split the tokens of x (batch, heads, tokens, channels) into tiles. Yield each group of samples and heads with its tiles.
 
     Each token of each head has `slots` logits. A tile has about TILE_CPU logits on a CPU, and about TILE_GPU logits on a GPU.
     If sequences are short, a tile contains several samples or heads. If they are long, a tile contains only some of their

@@ -1,8 +1,8 @@
 """Depthwise convolution over tokens in plain PyTorch, computed as products of a banded Toeplitz matrix and windows of tokens.
 
-A block of BLOCK consecutive output tokens depends on a window of BLOCK + taps - 1 input tokens. One batched product with this
-matrix computes all blocks of one head, for as many samples as fit in the caches. Products and sums are computed in float32
-(float64 for float64 inputs).
+A block of BLOCK consecutive output tokens depends on a window of BLOCK + taps - 1 input tokens. One batched product with the
+Toeplitz matrix computes all blocks of one head, for as many samples as fit in the caches. Products and sums are computed in
+float32 (float64 for float64 inputs).
 
 Shapes: v (B, H, N, E); weight (H, 1, taps, 1) with an odd number of taps; mask bool (B, N). Outputs have the same memory layout
 as v.

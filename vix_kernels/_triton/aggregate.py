@@ -6,8 +6,9 @@ before its loop over a chunk of the tokens, if there are at most `Tile.resident`
 the slots again for each tile of tokens. No kernel uses atomics. Each output is written once, by one program, and the results of
 chunks are merged in a fixed order.
 
-FOLD is set if slots are float32 and tokens are bfloat16. With FOLD, the loaded slots include the factor scale * log2(e), `size`
-is 1 (see prepare.py), and vectors, such as the bias of the keys, are added by an additional matrix product (see logits.py).
+FOLD is set if slots are float32 and tokens are bfloat16. With FOLD, the loaded slots include the factor scale * log2(e), and
+`size` is 1 (see prepare.py). In this case, matrix products add vectors, such as the bias of the keys, to tiles (see
+logits.py).
 """
 
 from __future__ import annotations

@@ -1,15 +1,14 @@
 """Kernels for `dft`: matrix products with cosines and sines (see primitives/dft.py for the equation).
 
 The input has N tokens and D channels, and indices are modulo N and D. Let C_N[a, n] = cos(2 pi an / N) and
-S_N[a, n] = sin(2 pi an / N). For 0 <= n <= N / 2, let row n of E be the sum of the tokens n and -n, and let row n of O be their
+S_N[a, n] = sin(2 pi an / N). For 0 <= n <= N / 2, let row n of E be the sum of tokens n and -n, and let row n of O be their
 difference. If n = -n, row n of E is token n. Then
 
     P = C_N (E C_D)        R = S_N (O S_D)        y at (a, b) and (-a, -b) is P - R        y at (-a, b) and (a, -b) is P + R
 
 Therefore, only half of the rows n, half of the rows a and half of the columns b are needed. The first kernel computes tables of
-cosines and sines, the second kernel sums over channels, and the third kernel sums over tokens. Each call computes the tables.
-This takes little time, because the size of the tables does not depend on the batch size. A cache of tables would need to handle
-streams and CUDA graphs.
+cosines and sines, the second kernel sums over channels, and the third kernel sums over tokens. Each call recomputes the tables,
+because a cache would need to handle streams and CUDA graphs.
 
 The intermediate result is zero-padded to a multiple of BLOCK_K rows per sample, so the loop in the third kernel needs no masks.
 A tile may contain rows of several samples (in the second kernel) or columns of several samples (in the third kernel).

@@ -85,7 +85,7 @@ def outer_product(x, y, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """Return acc + x y^T for two vectors, computed as a product of two tiles.
 
     Each tile contains a vector as two 16-bit parts, high and low. The product of the low parts is negligible, so it is omitted.
-    The addition to acc takes no separate instruction or register per element.
+    The matrix instructions also add acc, so the addition needs no extra instructions or registers.
     """
     x_high, x_low = split(x * (4.0 / COPIES), DTYPE)
     y_high, y_low = split(y, DTYPE)

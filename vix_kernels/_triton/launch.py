@@ -82,8 +82,7 @@ class LaunchConfig:
     def slots(self, num_slots: int) -> int:
         """Return the number of slots per tile.
 
-        This is the smaller of two numbers: the slots per tile in the launch table, and `num_slots` rounded up to a power of
-        two, but at least 64.
+        `num_slots` is rounded up to a power of two and to at least 64. The result is limited to `tile.slots`.
         """
         return min(self.tile.slots, max(64, power_of_2(num_slots)))
 

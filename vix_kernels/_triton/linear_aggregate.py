@@ -114,7 +114,7 @@ def load_gradients(
 
 @triton.jit
 def gradient_products(x, unit, size, delta, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
-    """Return the gradients of features, <x, unit> size - delta, as a tile (tokens, slots)."""
+    """Return the gradients of the features, size * <x, unit> - delta, as a tile (tokens, slots)."""
     acc = tl.zeros((x.shape[0], unit.shape[0]), COMPUTE)
     if x.dtype == tl.bfloat16:  # subtracting delta in a matrix product needs no instruction per feature
         ones = cast(tl.full((x.shape[0], COPIES), 2.0 / COPIES, COMPUTE), x.dtype)

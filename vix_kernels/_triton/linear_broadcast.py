@@ -47,7 +47,7 @@ TINY = tl.constexpr(2.0**-126)  # lower limit of denominators, so that 0 / 0 bec
 
 @triton.jit
 def largest_norm(norms, norms_m, M, BLOCK_M: tl.constexpr, COMPUTE: tl.constexpr):
-    """Return the largest of a head's norms. `sums` and `norms` are divided by this number to avoid overflow."""
+    """Return the largest of a head's norms. `load_state` divides by this number to avoid overflow."""
     b_max = tl.full((BLOCK_M,), SMALLEST, COMPUTE)
     for first_slot in range(0, M, BLOCK_M):
         o_m = first_slot + tl.arange(0, BLOCK_M)

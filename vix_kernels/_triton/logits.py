@@ -40,8 +40,8 @@ def slot_parts(slots, scale, DTYPE: tl.constexpr, SPLIT: tl.constexpr, FOLD: tl.
 def three_columns(x, y, z):
     """Return a bfloat16 tile (rows, 16) whose first columns are x, y and z, and whose other columns are 0.
 
-    The values are float32 until the tile is complete, because Triton 3.8 and 3.9 crash if a transposed operand of a product is
-    a reshaped `tl.join`.
+    The cast to bfloat16 follows the reshape, because Triton 3.8 and 3.9 crash if a transposed operand of a product is a
+    reshaped `tl.join`.
     """
     zero = tl.zeros_like(x)
     none = tl.join(tl.join(zero, zero), tl.join(zero, zero))
@@ -126,7 +126,8 @@ def load_attended(
     """Load a tile of slots for `attend` and `tile_products`.
 
     Returns:
-        high and low (see `slot_parts`), the values, and the base-2 bias. If SPLIT, the bias is a tile (see `bias_columns`).
+        high and low (the two tiles that `slot_parts` returns), the values, and the base-2 bias. If SPLIT, the bias is a tile
+        (see `bias_columns`).
     """
     o_m = start + tl.arange(0, BLOCK_M)
     b_slots = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)

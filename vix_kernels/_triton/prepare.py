@@ -30,8 +30,7 @@ def aggregate_prepare_kernel(
 
     If SOFTMAX, delta = (<dvalues, values> - dnumber / ln 2) / total, where dnumber is the gradient of lse. <dvalues, values> is
     computed in the same way as <unit, v> in the gradient kernels, so these products cancel exactly if a slot attends to only
-    one token. If not SOFTMAX, the kernel prepares the backward pass of linear_aggregate. Then delta = -dnumber, and total is
-    replaced by 1.
+    one token. If not SOFTMAX, delta = -dnumber, and total is replaced by 1.
     """
     FOLD: tl.constexpr = SOFTMAX and unit.dtype.element_ty == tl.bfloat16
     i_bh = (tl.program_id(0) // tl.cdiv(M, BLOCK_M)).to(tl.int64)

@@ -59,7 +59,7 @@ def project_forward_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, MASKED: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute keys or values for a tile of slots over a chunk of tokens."""
+    """Compute the contribution of a chunk of tokens to a tile of slots: keys if program_id(1) is 0, otherwise values."""
     i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H
     o_m = first_slot + tl.arange(0, BLOCK_M)
@@ -100,7 +100,7 @@ def project_tokens_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, MASKED: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute dk or dv for a tile of tokens."""
+    """For a tile of tokens, compute dk if program_id(1) + first_side is 0, otherwise dv."""
     token_tiles = tl.cdiv(N, BLOCK_N)
     i_bh = (tl.program_id(0) // token_tiles).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H

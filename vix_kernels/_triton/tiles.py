@@ -2,8 +2,8 @@
 
 A tile has one row per token or slot, and BLOCK_D columns. The columns are the channels of a head, starting at channel `column`
 and padded with zeros. With RoPE, the columns are in pair order: columns 2i and 2i + 1 are the two channels rotated by angle i.
-Loads convert from the order in memory to pair order, and stores convert back. Logits are sums over columns, so they do not
-depend on the order of the columns, as long as tokens and slots have the same order.
+Loads convert from the order in memory to pair order, and stores convert back. Logits are sums over columns, so the order
+of the columns does not matter if it is the same for tokens and slots.
 """
 
 import triton
@@ -21,10 +21,10 @@ INTERPRETED = tl.constexpr(interpreted())
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """Return acc + a @ b, accumulated in acc's dtype.
+    """Return acc + a @ b in acc's dtype.
 
-    On a GPU, each element of the result depends only on its row of a and its column of b. In the interpreter, the rounding of a
-    product also depends on the shape of the tile, so this function multiplies in float64 there.
+    On a GPU, each element of the result depends only on its element of acc, its row of a and its column of b. In the
+    interpreter, the rounding would also depend on the shape of the tile, so the sum is computed in float64 and then rounded.
     """
     if INTERPRETED:
         x = tl.dot(a.to(tl.float64), b.to(tl.float64), acc.to(tl.float64), out_dtype=tl.float64).to(acc.dtype)

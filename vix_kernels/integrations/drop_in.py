@@ -196,7 +196,7 @@ class DropIn(Mounted):
 
         Raises:
             NotImplementedError: an argument is not supported, such as causal attention, grouped-query attention, a mask that is
-                not a padding mask, or dropout with dropout="refuse".
+                not a padding mask, or dropout_p > 0 if the module was created with dropout="refuse".
         """
         if is_causal:
             raise NotImplementedError("is_causal: expected False; causal attention is not supported")

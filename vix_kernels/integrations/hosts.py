@@ -320,7 +320,7 @@ def unpatch(model: nn.Module) -> list[str]:
 
 
 def reason_against_linear(module: nn.Module, *names: str) -> str:
-    """Return an error message if a layer named in `names` is not an nn.Linear without bias, otherwise an empty string.
+    """Return an error message if a layer named in `names` is not an nn.Linear with bias=False, otherwise an empty string.
 
     The replacements apply these layers to zeros or to sums of tokens, so a bias or another class would change the results.
     """

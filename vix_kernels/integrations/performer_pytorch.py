@@ -7,10 +7,9 @@ c = dim_heads^(-1/4). Up to a factor that cancels, the random features are:
 
     phi_j(q_n) = exp(a_nj - h_n - max_j a_nj) + eps            phi_j(k_n) = exp(a_nj - h_n - max_nj a_nj) + eps
 
-No gradient flows through the maxima. The eps terms have rank one, so they are added to the sums instead of to each feature. In
-`aggregate`, slots attend to tokens, and in `broadcast`, tokens attend to slots (see vix_kernels/primitives). Here, the random
-features are the slots. For N keys, `aggregate` sums the exponentials E_nj = phi_j(k_n) - eps. The eps terms are added to these
-sums:
+No gradient flows through the maxima. In `aggregate`, slots attend to tokens, and in `broadcast`, tokens attend to slots (see
+vix_kernels/primitives). Here, the random features are the slots. For N keys, `aggregate` sums the exponentials
+E_nj = phi_j(k_n) - eps. The eps terms have rank one, so they are added to these sums:
 
     S_j = sum_n E_nj v_n + eps sum_n v_n            z_j = sum_n E_nj + eps N
 

@@ -21,7 +21,7 @@ from .drop_in import DropIn
 
 LABELS = {"labels", "label"}  # entries of a dict that are not passed to the model
 Pair = tuple[float, float]  # times with softmax attention and with the new attention
-Softmax = Callable[[], AbstractContextManager[Any]]  # returns a context in which a model computes softmax attention
+Softmax = Callable[[], AbstractContextManager[Any]]  # returns a context manager that makes a model compute softmax attention
 
 
 class SlowerWarning(UserWarning):
@@ -55,7 +55,7 @@ class Speed:
         softmax, replaced: median times of a forward pass, in milliseconds.
         layers: maps the name of each layer to its times.
         where: the device, the dtype and the number of samples.
-        note: a phrase with the break-even length, or "" if the new attention was not slower or was not expected to be slower.
+        note: a phrase with the break-even length if the new attention was slower, as expected. Otherwise, an empty string.
     """
 
     softmax: float
@@ -209,7 +209,9 @@ def _between(begin: Any, end: Any) -> float:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put `model` in evaluation mode and disable gradients. On exit, restore training modes, token grids and RNG states.
+    """Put `model` in evaluation mode and disable gradients.
+
+    On exit, restore training modes, RNG states and the token grids that each `DropIn.grid` recorded.
 
     Compiled modules run in eager mode, because code that was compiled earlier does not call the hooks that measure layers.
     """
@@ -237,7 +239,7 @@ def measure(
 
     Args:
         batch: as in `call`.
-        softmax: returns a context in which the model computes softmax attention.
+        softmax: returns a context manager that makes the model compute softmax attention.
         holders: maps the name of each layer to the module that holds its core (see nn/core.py).
         modules: maps the name of each layer to its attention module.
         rounds: as in `Report.measure`.

@@ -197,9 +197,9 @@ _REFUSED = "attn_layer: expected weights"
 
 
 def _text_of(mark: Any) -> str:
-    """Return the text of `mark`, or "softmax" if `mark` is None.
+    """Decode `mark`, a tensor of bytes, or return "softmax" if `mark` is None.
 
-    Averaging state dicts can make a mark inexact, so its values are rounded.
+    The values are rounded first, because averaging state dicts can introduce rounding errors.
     """
     if not isinstance(mark, Tensor):
         return "softmax" if mark is None else repr(mark)
@@ -212,7 +212,7 @@ def attention_layer(op: str, *, retrain: bool = False, **options: Any) -> type[A
         timm.create_model("vit_tiny_patch16_224", attn_layer=attention_layer("nystrom", num_landmarks=49))
 
     Landmarks and agents are placed as in `replace_attention`. If `op` does not closely approximate softmax attention (see
-    `retrain` in DropIn), each layer adds an entry `_extra_state` to the state dict, to mark the weights as trained with `op`.
+    `retrain` in DropIn), each layer adds `_extra_state` to the state dict. This entry marks the weights as trained with `op`.
 
     Args:
         op, options: as in DropIn. All layers have the same random features.

@@ -50,8 +50,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             a tuple of the output, with the shape of query, and None instead of the attention weights.
 
         Raises:
-            NotImplementedError: need_weights, attn_mask or is_causal is set, attention dropout is active (unless `vix` has
-                dropout="ignore"), or query is a nested tensor.
+            NotImplementedError: need_weights is True (the default), attn_mask or is_causal is set, attention dropout is active
+                (unless `vix` has dropout="ignore"), or query is a nested tensor.
         """
         if need_weights:
             raise NotImplementedError("need_weights: expected False (attention weights are never computed), got True")

@@ -44,11 +44,10 @@ def register(*, retrain: bool = False, **options: Mapping[str, Any]) -> None:
         model.set_attn_implementation("vix_nystrom")  # or from_pretrained(..., attn_implementation="vix_nystrom")
 
     Padding masks are supported. Causal and windowed masks, attention dropout in training, grouped-query attention and requests
-    for the attention weights raise NotImplementedError. Another call to this function changes the options of all models that
-    use these names. That call resets ops that it does not mention to their default options. Importing this module calls this
-    function without arguments. `save_pretrained` saves the attention method and its options with a model, and `from_pretrained`
-    restores both. If the saved options differ from the registered options, the restored attention is registered under a
-    separate name.
+    for the attention weights raise NotImplementedError. A later call changes the options of all models that use these names.
+    Omitted ops are reset to their default options. Importing this module calls this function without arguments.
+    `save_pretrained` saves the attention method and its options with a model, and `from_pretrained` restores both. If the saved
+    options differ from the registered options, the restored attention is registered under a separate name.
 
     Args:
         retrain: whether to allow "vix_performer", "vix_linear" and "vix_agent", which require a model that was, or will be,
@@ -387,7 +386,7 @@ require_call("transformers", FNetBasicFourierTransform, modeling_fnet.FNetBasicF
 def uses_dft_matrices(module: modeling_fnet.FNetBasicFourierTransform) -> bool:
     """Return whether `module` uses DFT matrices.
 
-    For short sequences, it truncates the matrices, so the results differ from the results of an FFT.
+    If a sequence is shorter than `dft_mat_seq`, the module truncates this matrix, so the results differ from those of an FFT.
     """
     return hasattr(module, "dft_mat_seq")
 

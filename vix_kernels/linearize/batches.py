@@ -50,7 +50,7 @@ def endless(batches: Batches, least: int = 1) -> Iterator[Any]:
 
 
 def size_of(batch: Any, name: str = "batches") -> int:
-    """Return the number of samples in a batch. Errors refer to the argument that provided the batch as `name`."""
+    """Return the number of samples in a batch. `name` is the name of the argument in error messages."""
     if not any(x.dim() for x in tensors(batch)):
         raise TypeError(f"{name}: expected tensors, tuples or dicts of tensors, got {type(batch).__name__}")
     return len(next(x for x in tensors(batch) if x.dim()))

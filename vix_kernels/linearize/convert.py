@@ -294,7 +294,8 @@ class Conversion:
     def choose(self, max_error: float | None) -> None:
         """Measure the final errors. Choose a candidate core for each layer.
 
-        If the errors of all candidates exceed `max_error`, the layer keeps softmax attention.
+        Without `max_error`, choose the core with the smallest error. With `max_error`, choose the core with the fewest
+        landmarks among those whose error is at most `max_error`. A layer without such a core keeps softmax attention.
         """
         after = self.errors_before
         if self.trained:

@@ -38,6 +38,6 @@ def distilled(distill: str) -> Callable[[nn.Module, Any], Tensor]:
 def has_classes(model: nn.Module, out: Tensor) -> bool:
     """Return whether `out`, the output of a model, contains logits of at least two classes.
 
-    If num_classes of the model is 0, `out` contains features.
+    If model.num_classes is 0, `out` contains features.
     """
     return out.dim() == 2 and out.shape[1] > 1 and getattr(model, "num_classes", 1) != 0

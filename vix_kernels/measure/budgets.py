@@ -1,7 +1,8 @@
 """Limits and budgets that the compile report checks, and the declared exceptions with their reasons.
 
-The budgets are for sm_90, and for bf16 unless a dtype is given. If a budget is known to be missed, a looser limit (`reached`)
-is checked instead. Change this file when a kernel becomes faster, or when there is a good reason for a slower kernel.
+The budgets are for sm_90, and for bf16 unless a dtype is given. If a kernel is known to exceed its budget, a looser limit
+(`reached`) is checked instead. Change this file when a kernel becomes faster, or when there is a good reason for a slower
+kernel.
 """
 
 from __future__ import annotations
@@ -207,8 +208,8 @@ class Budget:
         kernels: prefixes of kernel names. The values of the matching kernels are added. For "warps", the minimum is used.
         use, width, slots: the call, such as "performer forward", its head width, and its number of slots (0 for any).
         most: the budget. For "warps", it is a minimum, otherwise a maximum.
-        reached: if the budget is known to be missed, a looser limit that is checked instead. Otherwise None.
-        reason: why the budget is missed.
+        reached: a looser limit for kernels that are known to exceed the budget, otherwise None.
+        reason: why the kernels exceed the budget.
         column: "loop" or "whole" (columns of the compile report), "whole over loop" (their ratio), "thousand" (instructions per
             1,000 multiply-adds), or "warps" (resident warps per multiprocessor).
         against: another call, or "". If set, the value is divided by the value of the same kernels in that call.
@@ -382,7 +383,7 @@ def late(times: Mapping[str, float]) -> tuple[list[str], list[str]]:
 
 
 def missed(rows: Iterable[Row], budgets: Iterable[Budget]) -> tuple[list[str], list[str]]:
-    """Return two lists of messages for missed budgets: one for values within Budget.reached, and one for all others."""
+    """Return two lists of messages for exceeded budgets: one for values within Budget.reached, and one for all others."""
     rows = list(rows)
     declared, failed = [], []
     for budget in budgets:

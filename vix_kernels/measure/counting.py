@@ -224,7 +224,7 @@ def waits_for_barrier(code: list[Instruction]) -> bool:
 
 
 def match(machine: MachineLoop, loop: Loop) -> None:
-    """Match `machine` with the TTGIR loop `loop`, then the inner loops of both in order. ptxas may have unrolled some loops."""
+    """Set `machine.matched` to `loop`, with inner loops unrolled as in `machine`. Then match the inner loops in order."""
     pairs = align(machine.children, loop.children)
     if pairs is None:  # align only the loops with products, because ptxas may split the other loops
         ours, sources = ([each for each in inner if each.multiplies] for inner in (machine.children, loop.children))

@@ -270,7 +270,7 @@ def stub_environment() -> Iterator[tuple[dict[str, str], bool]]:
 
 
 def results(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Run `work` in a process in which Triton compiles for an H100 and finds only the stub driver. Yield the results."""
+    """Run `work` in a new process, with the environment variables of stub_environment. Yield the results."""
     with stub_environment() as (environment, stub):
         request = request | dict(launchers=["none", "triton"] if stub else ["none"])
         command = [sys.executable, "-c", f"import json; from {__name__} import work; work(json.loads(input()))"]

@@ -145,7 +145,7 @@ class OnMeta(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Use:
-    """A pass in the compile report.
+    """The forward or backward pass of an operator in the compile report.
 
     `op` is the operator with its variant, `direction` is "forward" or "backward", and `slots` is the number of slots.
     """

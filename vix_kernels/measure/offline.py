@@ -83,7 +83,7 @@ def driver_of(name: str) -> Iterator[None]:
 
 @contextmanager
 def target(name: str) -> Iterator[list[CompiledLaunch]]:
-    """Compile the kernels launched in the `with` block for target `name`. The yielded list is filled when the block ends."""
+    """For the target `name`, compile the kernels that the `with` block launches. The yielded list is filled at the end."""
     launches: list[CompiledLaunch] = []
     with capture(name) as binaries:
         yield launches
@@ -92,7 +92,7 @@ def target(name: str) -> Iterator[list[CompiledLaunch]]:
 
 @contextmanager
 def capture(name: str) -> Iterator[list[Any]]:
-    """Compile the kernels launched in the `with` block for the target `name`. Yield a list with one kernel per launch."""
+    """For the target `name`, compile the kernels that the `with` block launches. Yield a list with one kernel per launch."""
     if name not in TARGETS:
         raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {name!r}")
     binaries: list[Any] = []

@@ -183,7 +183,7 @@ class Race:
         self.truth = Truth(problem)
 
     def run(self, direction: str, providers: Sequence[str], what: Row) -> dict[str, Result]:
-        """Check and time the providers for `direction`. Return the results by provider. Each result's row includes `what`."""
+        """Check and time the providers. Return the results by provider. The columns in `what` are added to each row."""
         results, calls = {}, {}
         for name in providers:
             label = what | dict(provider=name, direction=direction)
@@ -304,7 +304,7 @@ class Race:
 
 
 class Call(NamedTuple):
-    """A call to time: the forward pass of a contender and, if `cotangents` is not None, the backward pass."""
+    """A timed call: the forward pass of a contender and, if `cotangents` is not None, the backward pass."""
 
     contender: Contender
     run: Callable[[], Any]

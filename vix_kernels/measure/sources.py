@@ -63,7 +63,7 @@ def hash_of(*kernels: str) -> str:
 def device_code() -> dict[str, list[str]]:
     """Return the source-code tokens of each kernel, device function and constant in `_triton`, indexed by name.
 
-    If several files define a name, their tokens are concatenated.
+    If several files define the same name, the tokens of these definitions are concatenated.
     """
     found: dict[str, list[str]] = defaultdict(list)
     for path in sorted(Path(launch_table.__file__).parent.glob("*.py")):

@@ -128,7 +128,7 @@ def sweep(args: argparse.Namespace, device: str) -> Iterator[list[Row]]:
 
 
 def save(folder: Path, rows: list[Row]) -> None:
-    """Write bench.csv, which includes the commit, and bench.json, which includes the commit and the machine."""
+    """Write the rows and the commit to bench.csv and bench.json in `folder`. bench.json also describes the machine."""
     everything = dict(commit=commit(), date=time.strftime("%Y-%m-%d"), **facts(), rows=rows)
     write_csv(folder / "bench.csv", [row | {"commit": commit()} for row in rows])
     write_atomically(folder / "bench.json", lambda path: path.write_text(json.dumps(everything, indent=1) + "\n"))

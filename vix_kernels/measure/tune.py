@@ -218,7 +218,7 @@ def users(arch: str, width: int, bits: int, device: str) -> list[tuple[set[Key],
     """Return (keys, bench) for each operator, direction and case. `keys` are the keys that `bench` looks up.
 
     Pairs with the fewest keys come first. If `device` is "cuda", the inputs are large enough to fill a GPU. Otherwise, they are
-    tiny. Operators that do not run are reported and skipped.
+    tiny. Operators that raise an error are reported and skipped.
     """
     size = dict(batch=8, heads=8, tokens=4096) if device == "cuda" else dict(batch=1, heads=1, tokens=20)
     # With trained random features, all kernels run. The launch table has separate entries for more than 128 slots.
@@ -239,7 +239,7 @@ def users(arch: str, width: int, bits: int, device: str) -> list[tuple[set[Key],
 def tune(keys: Iterable[Key], arch: str, device: str, deadline: float) -> Iterator[Proposal]:
     """Yield a proposal for each key until the deadline.
 
-    Each key is timed in the Bench that looks up this key and the fewest other keys. Keys without a Bench are skipped.
+    Each key is tuned with the Bench that looks up this key and the fewest other keys. Keys without a Bench are skipped.
     """
     for key in keys:
         _, bits, width = key

@@ -113,7 +113,7 @@ class Mixer:
         return [each.name for each in sorted(fields(cls), key=lambda each: each.kw_only)]
 
     def known_prefix(self) -> int | None:
-        """Return the number of prefix tokens, or None for mixers without this option, which do not place slots."""
+        """Return `prefix_tokens`, or None if the mixer does not have this option."""
         return self.prefix_tokens if "prefix_tokens" in self.__dataclass_fields__ else None
 
     def accepts(self) -> frozenset[str]:

@@ -19,13 +19,13 @@ from .module import AttentionModule
 @register("feature")
 @dataclass(frozen=True)
 class Feature(PrefixCore):
-    """Attention with trained features of queries and keys, separate for each head.
+    """Attention with learned features of queries and keys. The features are separate for each head.
 
     The initial features are random. With gaussian=True, the untrained layer computes Performer attention.
 
     Attributes:
         num_features: number of features, M.
-        gaussian: as in feature_attention. True means 1, and False means 0.
+        gaussian: as in feature_attention.
         seed: seed of the initial features. In a model, the index of the layer is added to it.
     """
 
@@ -76,7 +76,7 @@ class FeatureAttention(AttentionModule):
 
     Args:
         num_features: number of features, M.
-        gaussian: as in feature_attention. True means 1, and False means 0.
+        gaussian: as in feature_attention.
         seed: seed of the initial features, which are random features as in PerformerAttention.
 
     For the other arguments, see AttentionModule. The parameters `query_features` and `key_features` are (num_heads, M,

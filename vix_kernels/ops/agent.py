@@ -87,7 +87,7 @@ def agent_attention_reference(
     rope: Rope | None = None,
     exact_rows: int = 0,
 ) -> Tensor:
-    """Evaluate the equation in plain PyTorch, with both matrices of attention weights in memory.
+    """Return the result of `agent_attention`, computed in plain PyTorch with both matrices of attention weights in memory.
 
     Supports all devices and torch.func transforms.
     """

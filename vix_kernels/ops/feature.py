@@ -3,7 +3,7 @@
     psi_j(q) = exp(c wq_j . q + b_j)        phi_j(k) = exp(c wk_j . k - g c^2 |k|^2 / 2)        c = sqrt(scale)
     out_n = sum_j psi_j(q_n) S_j / sum_j psi_j(q_n) z_j,    S_j = sum_n phi_j(k_n) v_n,    z_j = sum_n phi_j(k_n)
 
-Unlike Performer attention (see performer.py), this method has separate, trained features for queries and keys, and a bias. With
+Unlike Performer attention (see performer.py), this method has separate, learned features for queries and keys, and a bias. With
 wq = wk, b = 0 and g = 1, the two methods compute the same function. As in Performer attention, the computation has two passes,
 and lse is in base 2. For g = 1, the passes are:
 
@@ -41,7 +41,7 @@ def feature_attention(
     exact_rows: int = 0,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention with M trained features of queries and keys, in time linear in the number of tokens.
+    """Attention with M learned features of queries and keys, in time linear in the number of tokens.
 
     `vix_kernels.linearize` trains the features to reproduce the softmax attention of a model.
 
@@ -112,7 +112,7 @@ def feature_attention_reference(
     rope: Rope | None = None,
     exact_rows: int = 0,
 ) -> Tensor:
-    """Evaluate the equations in plain PyTorch, with all N x M features in memory.
+    """Return the result of `feature_attention`, computed in plain PyTorch with all N x M features in memory.
 
     Supports all devices and torch.func transforms.
     """

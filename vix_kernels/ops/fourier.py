@@ -57,7 +57,7 @@ def fourier_mixing(x: Tensor, *, norm: Literal["ortho"] | None = None, backend: 
 
 
 def fourier_mixing_reference(x: Tensor, *, norm: str | None = None) -> Tensor:
-    """Evaluate the equation with a complex transform in plain PyTorch.
+    """Return the result of `fourier_mixing`, computed with torch.fft.fft2.
 
     Supports all devices and torch.func transforms.
     """

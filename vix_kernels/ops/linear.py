@@ -86,7 +86,7 @@ def linear_attention_reference(
     key_padding_mask: Tensor | None = None,
     rope: Rope | None = None,
 ) -> Tensor:
-    """Evaluate the equations in plain PyTorch, with all features in memory.
+    """Return the result of `linear_attention`, computed in plain PyTorch with all features in memory.
 
     Supports all devices and torch.func transforms.
     """

@@ -112,7 +112,7 @@ def linformer_attention_reference(
     rope: Rope | None = None,
     exact_rows: int = 0,
 ) -> Tensor:
-    """Evaluate the equation in plain PyTorch, with all N x K attention weights in memory.
+    """Return the result of `linformer_attention`, computed in plain PyTorch with all N x K attention weights in memory.
 
     Supports all devices and torch.func transforms.
     """

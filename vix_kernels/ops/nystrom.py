@@ -78,8 +78,8 @@ def nystrom_attention(
             Not supported for "pad_front".
         pinv_iterations: number of iterations for the pseudo-inverse. Use the number with which the weights were trained.
         pinv_init: how to choose s in the initial matrix A^T / s. "exact": the largest column sum of each A.
-            "original": the largest column sum over all heads and samples, so that the output of a sample depends on the rest of
-            the batch. Use "original" for weights trained with Nystromformer's published code.
+            "original": the largest column sum over all heads and samples, so the output of a sample depends on the rest of the
+            batch. Use "original" for weights trained with Nystromformer's published code.
         conv_weight: (heads, 1, taps, 1), the weight of a depthwise Conv2d over the tokens of v. The number of taps must be odd.
             The result of the convolution is added to the output.
         scale: scaling factor of the logits, > 0. Defaults to head_dim ** -0.5.
@@ -149,9 +149,9 @@ def nystrom_attention_reference(
     rope: Rope | None = None,
     exact_rows: int = 0,
 ) -> Tensor:
-    """Evaluate the equations in plain PyTorch, with all attention weights between tokens and landmarks in memory.
+    """Return the result of `nystrom_attention`, computed in plain PyTorch.
 
-    Supports all devices and torch.func transforms.
+    Keeps all attention weights between tokens and landmarks in memory. Supports all devices and torch.func transforms.
     """
     mask, q_mask = key_padding_mask, mask_of_queries(key_padding_mask, q)
     rotary = None if rope is None else rope.differentiable

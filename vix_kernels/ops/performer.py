@@ -90,7 +90,7 @@ def performer_attention_reference(
     rope: Rope | None = None,
     exact_rows: int = 0,
 ) -> Tensor:
-    """Evaluate the equations in plain PyTorch, with all N x M features in memory.
+    """Return the result of `performer_attention`, computed in plain PyTorch with all N x M features in memory.
 
     Supports all devices and torch.func transforms.
     """

@@ -317,7 +317,7 @@ def mask_and_rotate_reference(
 
 
 def apply_rope_reference(q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-    """Evaluate the equations in plain PyTorch.
+    """Return the rotated q and k, computed in plain PyTorch.
 
     Supports all devices and torch.func transforms.
     """

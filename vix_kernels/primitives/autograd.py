@@ -38,7 +38,7 @@ def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gra
 
 
 class _Refuse(torch.autograd.Function):
-    """Returns the tensors after the first `count`. Differentiating the results raises an error.
+    """Returns `tensors[count:]`. Differentiating the results raises an error.
 
     For autograd, the results depend on all tensors.
     """

@@ -80,8 +80,7 @@ def split_gradient(dout: Tensor, rows: int, dtype: torch.dtype) -> tuple[Tensor 
 def reads_out(q: Tensor, backend: str) -> bool:
     """Return whether the backward pass reads the output of the forward pass.
 
-    Only the Triton kernels for 16-bit dtypes read it. Otherwise, the backward pass recomputes the output. In float32 and
-    float64, terms of the gradient cancel exactly only if they are computed from the same products.
+    Only the Triton kernels for 16-bit dtypes read it.
     """
     return backend == "triton" and q.element_size() == 2
 
@@ -95,7 +94,7 @@ def broadcast_reference(
     scale: float,
     rotary: Rotary | None = None,
 ) -> Tensor:
-    """Return the output of `broadcast` without `rows`, computed with all N x M logits in memory."""
+    """Return the same output as `broadcast` with rows=None, computed with all N x M logits in memory."""
     if rotary is not None:
         q = rotate_reference(q, rotary)
     logits = scale * q @ slots.to(q.dtype).mT

@@ -1,6 +1,6 @@
 """dropout: dropout with fast random number generation on a CPU.
 
-On a CPU, drawing the random numbers of PyTorch's dropout takes longer than the matrix products before and after the dropout.
+On a CPU, PyTorch's dropout can take longer than the matrix products before and after it.
 
     y = x kept / (1 - p),    kept = 1 with probability 1 - p, else 0
 

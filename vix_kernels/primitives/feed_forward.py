@@ -37,7 +37,7 @@ def feed_forward(
         norm: weight, bias and eps of the layer norm. If None, there is no layer norm, so n = x.
         weights: W1 (hidden, C), b1, W2 (C, hidden) and b2.
         activation: "gelu" or "hardswish".
-        p: dropout probability. The scaling of the kept elements by 1 / (1 - p) is folded into W2 and b2.
+        p: dropout probability, after the activation and after the second linear layer.
         factors: (..., 1), one factor per token for the output of the MLP. If None, the factors are 1.
         dtype: dtype of the linear layers, the activation and the dropout.
 

@@ -39,10 +39,10 @@ def nystrom(
 ) -> Tensor:
     """Return the output of Nystrom attention, (batch, heads, queries, E) in q's dtype.
 
-    `mask` is the padding mask of the keys. If there are as many queries as keys, it also masks the queries in the landmarks.
-    `pool` defines the windows of the landmarks. `scale` is the scaling factor of all logits. `iterations` and `init` are
-    arguments of `pinv`. `rows` is an argument of `broadcast`. `rotary` is the rotary embedding of q and k. `conv_weight` is the
-    weight of `token_conv`.
+    `mask` is the padding mask of the keys. If there are as many queries as keys, it also excludes padded queries from the
+    landmarks. `pool` defines the windows of the landmarks. `scale` is the scaling factor of all logits. `iterations` and `init`
+    are arguments of `pinv`. `rows` is an argument of `broadcast`. `rotary` is the rotary embedding of q and k. `conv_weight` is
+    the weight of `token_conv`.
 
     Differentiable in q, k, v, conv_weight, rows and rotary.angles.
     """

@@ -29,7 +29,7 @@ def project(
     rotary: Rotary | None = None,
     backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
-    """Return the keys and values of the slots, which are arguments of `broadcast`.
+    """Return the keys and values of the slots, for use in `broadcast`.
 
     Args:
         k: (batch, heads, N, D). Views with last stride 1 are not copied.

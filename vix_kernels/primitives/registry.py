@@ -127,9 +127,10 @@ DEFAULT_KEYS = {
 def plain(arguments: Sequence[Any]) -> bool:
     """Return whether a call may bypass the dispatcher.
 
-    The dispatcher is needed while a compiler, tracer, transform, mode or autocast is active. It is also needed for Tensor
-    subclasses (except Parameter), meta tensors, functional tensors, tensors with the ZeroTensor dispatch key, and tensors whose
-    negative bit is set. If gradients are enabled, it is also needed for tensors that require a gradient.
+    The dispatcher is needed while a compiler, tracer, transform, autocast, function mode or dispatch mode is active. It
+    is also needed for Tensor subclasses (except Parameter), meta tensors, functional tensors, tensors with the ZeroTensor
+    dispatch key, and tensors whose negative bit is set. If gradients are enabled, it is also needed for tensors that require a
+    gradient.
     """
     if torch.compiler.is_compiling() or torch._C._dispatch_tls_local_include_set().raw_repr() not in DEFAULT_KEYS:
         return False

@@ -111,8 +111,8 @@ class OpSpec:
             counted, and `vix check` lists them.
         compiled: cases for `vix dev compile-report`. The report sets batch, heads, tokens and width. `features` is 0 in a case
             without slots. The name of the case is appended to the name of the operator. If the operator supports masks, the
-            report adds a copy of the first case with a mask. If the operator computes attention and supports the "half" layout
-            of the rotary embedding, the report adds a copy with this layout.
+            report adds a masked copy of the first case. If the operator computes attention and supports the "half" layout of
+            the rotary embedding, the report adds a copy with this layout.
         variants: more cases for `vix dev compile-report`. The report adds no copies of them.
         most_features: maximum number of features in measurements. See `fit`.
 

@@ -9,7 +9,7 @@ from torch import nn
 
 
 class Ema:
-    """A copy of a model, in evaluation mode, whose weights are the moving average of the model's weights.
+    """A copy of a model, in evaluation mode, whose weights are an exponential moving average of the model's weights.
 
     After n updates, the factor of the newest weights in the next update is 1 - min(decay, (1 + n) / (10 + n)). The first
     updates have larger factors, so that the average quickly forgets the initial weights. Buffers are copied instead of

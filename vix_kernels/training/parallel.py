@@ -74,7 +74,7 @@ class Ranks:
         return values
 
     def largest(self, number: int) -> int:
-        """Return the maximum of `number` over all processes. The reduction runs on the CPU and does not synchronize a GPU."""
+        """Return the maximum of `number` over all processes. The reduction runs on the CPU, without GPU synchronization."""
         if self.world == 1:
             return number
         value = torch.tensor(number)

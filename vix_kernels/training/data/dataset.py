@@ -1,4 +1,4 @@
-"""The classes `Source` and `Dataset`, and functions for the readers of all formats."""
+"""The classes `Source` and `Dataset`, and functions shared by the readers of all formats."""
 
 from __future__ import annotations
 
