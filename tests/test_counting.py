@@ -177,7 +177,7 @@ def test_loops_are_found_in_machine_code():
 
 
 def test_guarded_call_is_a_branch():
-    """A predicated CALL is parsed as a branch, because it never returns.
+    """A CALL with a predicate is a branch that does not return.
 
     Calls to subroutines, such as the one for division, have no predicate.
     """

@@ -34,7 +34,7 @@ def chosen(
     """Return the models in MODELS that the arguments select. This function replaces timm.list_models.
 
     The models of vix_kernels are treated like timm's vision transformers. All feature extraction
-    tests include them. Of the configuration tests, only those for models whose features are tokens include them.
+    tests include them, but configuration tests only include them if the features are expected to be tokens.
     """
     if pretrained:
         return []

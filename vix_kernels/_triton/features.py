@@ -67,8 +67,8 @@ def copies(numbers, DTYPE: tl.constexpr):
 
     Half of the rows contain the numbers rounded to DTYPE, and the other half contain the rounding errors. Kernels use matrix
     instructions to multiply features by the transpose of this tile. `sum_copies` converts the product to sums of the features
-    over tokens or slots, weighted by the numbers. `gradient_products` multiplies a constant tile by this tile, so every row
-    of the product contains the numbers. Each number fills a column, not a row, so that each thread loads only a few numbers.
+    over tokens or slots, weighted by the numbers. Each number fills a column, not a row, so that each thread loads only a few
+    numbers.
     """
     high, low = split(numbers, DTYPE)
     return tl.where((tl.arange(0, COPIES) < COPIES // 2)[:, None], high[None, :], low[None, :])

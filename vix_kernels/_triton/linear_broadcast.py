@@ -172,10 +172,10 @@ def linear_broadcast_tokens_kernel(
 ):  # fmt: skip
     """Compute dq for a chunk of tokens. For the slot gradients, also compute delta = <dout, out> and scale = largest / total.
 
-    `largest` is the head's largest norm. delta is recomputed from the features, because `out` may have been rounded. If
-    <dout, sums / norms> - delta is small, the rounding error of `out` would dominate this difference. For a token whose dout is
-    0, such as padding, scale is 0, and the query is read as 0. The token then does not contribute to any gradient, even if its
-    query contains NaN. If not TILED, the slots are loaded only once.
+    `largest` is the head's largest norm. delta is recomputed from the features, because `out` may have been rounded, and dq
+    depends on differences <dout, sums / norms> - delta that can be smaller than this rounding error. For a token whose dout
+    is 0, such as padding, scale is 0, and the query is read as 0. The token then does not contribute to any gradient, even if
+    its query contains NaN. If not TILED, the slots are loaded only once.
     """
     i_bh, _, _, first, last = slot_program(1, N, chunk, 1)
     i_b, i_h = i_bh // H, i_bh % H

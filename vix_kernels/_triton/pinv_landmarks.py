@@ -15,7 +15,7 @@ from .tiles import LOG2E, load_tile, row_products
 def has_landmark(counts, i_b, counts_b, counts_l, landmarks, L, MASKED: tl.constexpr):
     """Return, for each index in `landmarks`, whether the landmark is valid.
 
-    A landmark is valid if its index is below L. If MASKED, it must also average at least one token.
+    A landmark is valid if its index is below L. If MASKED, it must also be the mean of at least one token.
     """
     valid = landmarks < L
     if MASKED:

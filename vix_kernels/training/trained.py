@@ -175,7 +175,7 @@ class Evaluation:
 
 
 def check_fits(trained: Trained, source: Source) -> None:
-    """Raise `UserError` if the shape or the classes of the images differ from those of the model."""
+    """Raise `UserError` if the images do not have the shape and the classes that the model expects."""
     known = trained.classes or tuple(map(str, range(trained.model.num_classes)))
     if source.classes != known and (trained.classes or len(source.classes) != len(known)):
         expected, actual = (f"{len(names)} classes ({', '.join(names[:3])}, ...)" for names in (known, source.classes))
