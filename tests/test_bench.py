@@ -43,8 +43,8 @@ def test_every_provider_of_an_operator_is_correct(op: str) -> None:
             assert row["why"] in (f"{name} is not installed", f"{name} needs a GPU")
             continue
         assert row["status"] == "ok", row
-        assert row["device_ms"] > 0
-        if direction != "backward":
+        if direction != "backward":  # the time of the backward pass is a difference, which other load can make negative
+            assert row["device_ms"] > 0
             assert row["gbps"] > 0 and row["tflops"] > 0 and row["roofline"] > 0 and row["peak_mib"] > 0
         if direction == "full":
             assert row["kept_mib"] >= 0
