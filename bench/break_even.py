@@ -10,7 +10,7 @@ each round times all methods in turn, and divides their CPU times by the CPU tim
 the median over the rounds.
 
 --predict needs no GPU. As in `vix dev roofline OP --shape`, the time of each launch is computed from the machine code and
-published peak rates. For each kernel of PyTorch, a fixed launch time is used. Softmax attention is predicted in the same way,
+published peak rates. Each PyTorch kernel counts as a fixed launch overhead. Softmax attention is predicted in the same way,
 from the kernel in vix_kernels/measure/flash.py. This kernel has no backward pass, so only forward passes are predicted.
 --write updates the table in vix_kernels/measure/break_even.csv.
 """

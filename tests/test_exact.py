@@ -1,4 +1,4 @@
-"""Tests specific to exact rows (rows of softmax attention), and to attention with learned features.
+"""Tests specific to exact rows (queries that use softmax attention), and to attention with learned features.
 
 The tests in test_ops.py cover all operators.
 """

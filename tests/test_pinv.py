@@ -70,7 +70,7 @@ def test_pinv_filters_singular_values(backend: str) -> None:
 
 @pytest.mark.parametrize("which", ["rows", "columns", "both"])
 def test_empty_landmarks_are_ignored(which: str, backend: str) -> None:
-    """Empty query landmarks remove rows of A, and empty key landmarks remove columns, so the rest of A need not be square."""
+    """Query landmarks without tokens have no row in A, and such key landmarks have no column, so A need not be square."""
     landmarks, keep = 12, torch.arange(12) % 3 != 1
     all_valid = torch.ones(landmarks, dtype=torch.bool)
     rows, columns = keep if which != "columns" else all_valid, keep.roll(1) if which != "rows" else all_valid

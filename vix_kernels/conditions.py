@@ -16,8 +16,8 @@ class Conditions:
     Attributes:
         observer: a function to call in place of each launch, with the kernel, grid, arguments and options of the launch. If
             None, kernels are launched.
-        arch: if set, Triton's interpreter uses the launch configurations for this architecture. Tiles may contain more tokens
-            than on a GPU, because larger tiles make the interpreter faster.
+        arch: if set, Triton's interpreter uses the launch configurations for this architecture, except that tiles may contain
+            more tokens, because larger tiles make the interpreter faster.
         split: whether launches may split the tokens of a sample and head, or the terms of a sum (_triton/sums.py), into chunks.
             If False, there is only one chunk.
         tiles: launch configurations that override entries of the launch table (_triton/launch_table.py) with the same keys.

@@ -3,7 +3,7 @@
 Any other exception, a hang, a huge allocation, or the execution of code from the file is a violation. If a file is empty, was
 replaced with unrelated text, or contains pickled code, the reader must reject it or list it as unreadable.
 
-`check(damage)` returns the violations that one `Damage` causes. `damages(reader)` is the hypothesis strategy that draws
+`check(damage)` returns the violations that one `Damage` causes. `damages(reader)` is the Hypothesis strategy that generates
 `Damage` objects.
 """
 

@@ -6,8 +6,8 @@ tokens are in memory at a time, in a buffer that all tiles reuse. Products and s
 inputs). 16-bit inputs are cast one tile at a time.
 
 Shapes: slots (Bs, Hs, M, D) with Bs in {1, B} and Hs in {1, H}; q, k (B, H, N, D); v (B, H, N, E); values (B, H, M, E); mask
-bool (B, N); cos, sin float32 or float64 (1 or H, N, R / 2), for the first R <= D channels of q or k. The dimension `pairs` in
-shapes is samples * heads.
+bool (B, N); cos, sin float32 or float64 (1 or H, N, R / 2), for the first R <= D channels of q or k. The functions
+flatten samples and heads to one dimension, `pairs`.
 Outputs and gradients of tokens have the same memory layout as the tokens. Other tensors are contiguous.
 """
 

@@ -36,7 +36,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
 
 
 def start(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> compiled.Compiled | None:
-    """Launch a kernel. Return the compiled kernel, or None if later launches must also go through Triton."""
+    """Launch a kernel through Triton. Return the compiled kernel, or None if later launches must use Triton, too."""
     if interpreted():
         kernel[grid](*args, **meta)
         return None

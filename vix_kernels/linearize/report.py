@@ -48,7 +48,7 @@ class Report:
         samples: the number of samples on which `agreement` and `divergence` were measured.
         steps, seconds: the number of training steps, and the duration of the conversion.
         milliseconds: the median times of a forward pass on one batch, as a pair (softmax attention, new attention).
-        warnings: messages about conversions that do not save time.
+        warnings: messages that explain why the converted model may not be faster than before.
     """
 
     op: str

@@ -52,7 +52,7 @@ class Layer:
         reason: why the layer cannot be converted, or "" if no reason is known.
         errors: for each call, a tensor (students + 1,): the squared error of each student, and the squared norm of the softmax
             attention's output. Both are weighted sums over the tokens.
-        sums: for each call, sums q_i + k_j (count, heads, head_dim), from which the features are initialized.
+        sums: for each call, a tensor of sums q_i + k_j for random tokens i and j, which initialize the features.
         scale: the scale of the logits.
     """
 

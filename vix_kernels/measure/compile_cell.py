@@ -129,7 +129,7 @@ def whole(row: Row, launches: Iterable[Launch]) -> float:
 
 
 def work(parts: Iterable[Section], launch: Launch) -> list[float]:
-    """Return the work of one warp of each program (see Counts), summed over all programs, as a list in the order of PIPES.
+    """Return the load of each pipe in PIPES: the counts of one warp (see Counts), summed over all programs.
 
     The sum is extrapolated from a sample of programs. If the trip count of a loop is unknown, one iteration is assumed.
     """

@@ -38,7 +38,7 @@ class Row:
         bound: the pipe with the most cycles.
         matrix: number of matrix instructions of each kind in the kernel's machine code.
         loads, stores: instructions that access global memory, as "bits per thread:number of instructions".
-        uses: the calls that launch the kernel, as "op direction slots,slots; ...".
+        uses: the calls that launch the kernel, such as "performer forward 110,266; feature forward 110" (numbers of slots).
         sections: see counting.Section.
         source: hash of the code of the kernel (see sources.py).
         key: hash of everything that determines the machine code (see observed.py).

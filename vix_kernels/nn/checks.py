@@ -51,7 +51,7 @@ def check_tokens(x: Tensor, dim: int, first: nn.Module | None = None) -> None:
 def check_call_grid(grid_size: tuple[int, int], tokens: int, prefix_tokens: int | None) -> None:
     """Check the grid of a call: its height * width must equal the number of tokens after the prefix.
 
-    If `prefix_tokens` is None, the length of the prefix is unknown, so the grid may have fewer tokens than the call.
+    If `prefix_tokens` is None, the length of the prefix is unknown, so height * width may be less than `tokens`.
     """
     rows, columns = check_grid(grid_size)
     if prefix_tokens is not None and rows * columns != tokens - prefix_tokens:

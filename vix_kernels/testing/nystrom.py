@@ -51,7 +51,7 @@ def _function(q: Tensor, k: Tensor, v: Tensor, conv_weight: Tensor, **options: A
 
 
 def _with_landmarks(count: Callable[[Case], int]) -> Callable[[Case], int]:
-    """Return a function that calls `count` with a case whose `features` is the total number of landmarks and prefix tokens."""
+    """Return a function that sets a case's `features` to the number of landmarks and prefix tokens, then calls `count`."""
     return lambda case: count(Case(**{**vars(case), "features": _landmarks(case) + case.prefix}))
 
 
