@@ -69,7 +69,7 @@ def test_means_stay_in_range_where_sums_do_not(backend: str, size: float, tokens
 @pytest.mark.parametrize("feature_map", ["relu", "elu"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_mean_of_values_does_not_degrade_query_gradients(backend: str, feature_map: str) -> None:
-    """dq depends on <dout, values> - <dout, out>. These terms nearly cancel, so plain PyTorch has an error of 20%."""
+    """dq depends on <dout, values> - <dout, out>. These terms nearly cancel, so plain PyTorch has an error of at least 20%."""
     torch.manual_seed(0)
     q, k, v, dout = (torch.randn(1, 2, 100, 16, device=DEVICE).bfloat16() for _ in range(4))
     leaves = [x.requires_grad_() for x in (q, k, v + 5)]
