@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from vix_kernels import agent_attention, linear_attention, nystrom_attention, orthogonal_projection, performer_attention
 from vix_kernels.integrations.drop_in import OPS, DropIn, padding_of, valid_tokens
-from vix_kernels.integrations.hosts import Report, replace_each, require, require_call
+from vix_kernels.integrations.hosts import ROOT, Report, Snapshot, replace_each, require, require_call
 from vix_kernels.nn.core import CORES, Site
 from vix_kernels.nn.performer import random_features
 
@@ -276,6 +276,14 @@ def test_a_failed_replacement_is_undone():
     with pytest.raises(KeyboardInterrupt):
         replace_each(model, DropIn("nystrom"), **options)
     assert structure() == before
+
+
+def test_restoring_the_model_itself_restores_its_submodules():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    snapshot = Snapshot(model)
+    model[0].added = 1
+    snapshot.restore([ROOT])
+    assert not hasattr(model[0], "added")
 
 
 def test_reports_list_replaced_and_refused():

@@ -160,6 +160,15 @@ def test_layers_with_a_large_error_keep_softmax(name: str) -> None:
         linearize(make(name)[0], batches, num_features=8, steps=5, max_error=1e-9, progress=False)
 
 
+@pytest.mark.parametrize("op", ["feature", "nystrom", "agent"])
+def test_attention_layers_may_receive_a_grid(op: str) -> None:
+    model = create_model("vit", mixer="softmax", class_token=False, global_pool="avg", img_size=16, patch_size=4, depth=2)
+    for block in model.blocks:
+        block.attn.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs | {"grid_size": (4, 4)}), with_kwargs=True)
+    report = linearize(model, lambda: [torch.randn(2, 3, 16, 16)], op=op, steps=2)
+    assert len(report.converted) == 2
+
+
 def test_a_part_of_a_model_keeps_softmax() -> None:
     """All layers of the vision model keep softmax attention. The same holds for a new model created from the configuration."""
     sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
