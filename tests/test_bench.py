@@ -46,6 +46,9 @@ def test_every_provider_of_an_operator_is_correct(op: str) -> None:
         if direction != "backward":  # the time of the backward pass is a difference, which other load can make negative
             assert row["device_ms"] > 0
             assert row["gbps"] > 0 and row["tflops"] > 0 and row["roofline"] > 0 and row["peak_mib"] > 0
+        else:
+            full, forward = (found[name, other]["device_ms"] for other in ("full", "forward"))
+            assert row["device_ms"] == pytest.approx(full - forward)
         if direction == "full":
             assert row["kept_mib"] >= 0
     assert found["torch", "forward"]["error"] < 1e-5 and found["torch", "full"]["error"] < 1e-5

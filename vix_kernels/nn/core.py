@@ -114,8 +114,7 @@ class Mixer:
 
     def known_prefix(self) -> int | None:
         """Return `prefix_tokens`, or None if the mixer does not have this option."""
-        options = getattr(self, "__dataclass_fields__", ())  # `linearize` uses a mixer that is not a dataclass
-        return self.prefix_tokens if "prefix_tokens" in options else None
+        return self.prefix_tokens if "prefix_tokens" in self.sited else None
 
     def accepts(self) -> frozenset[str]:
         """Return the names of the supported arguments.
